@@ -1,0 +1,70 @@
+"""What every command shares: one-line errors, files that are never half-written, facts about the machine."""
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message says what is wrong, where, and what to do, on one line."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command line's `main`; a UserError or an exhausted memory becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(fail(str(error)))
+    except torch.OutOfMemoryError as error:
+        sys.exit(fail(f"out of GPU memory: {str(error).splitlines()[0]} Use a smaller --max_seq_length or --batch_size."))
+    except MemoryError:
+        sys.exit(fail("out of memory. Use a smaller model, --max_seq_length or --batch_size."))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def fail(message: str) -> int:
+    """Print one error line; returns the exit code for bad input."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` that replaces it when the block ends well and vanishes when it does not."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose a writable place with free space") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def environment() -> dict[str, str]:
+    """Where a result was measured: GPU (or CPU), torch, triton and the commit, for every results file."""
+    try:
+        import triton
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "none"
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
+                         check=False, capture_output=True, text=True)
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none (CPU)",
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "commit": git.stdout.strip() or os.environ.get("HASHFAST_COMMIT", "unknown"),
+    }

@@ -1,0 +1,427 @@
+"""Hash attention: learned bit signatures of keys and queries choose the few tokens that a decode step attends to.
+
+The steps of one decode step, in order:
+    encode    k -> signature bits, q -> signed integer weights as bit planes          HashEncoder
+    score     weighted agreement of the query's bits with every cached signature      score_reference
+    select    exact integer top-k of static shape                                     select_tokens
+    attend    softmax attention over the selected rows of the cache                   sparse_attention
+
+Sources: HashAttention (arXiv 2412.14468): learned signatures, one MLP per query head, Hamming ranking. HATA (arXiv 2506.02572):
+linear encoders and summed Hamming distance over a group. What goes past them: one signature per KV head for all queries of
+its group, and a query of several bits, so that a bit counts as much as the query is sure of it.
+
+Every public function has a plain-PyTorch twin `*_reference`, which is the definition. On a GPU the Triton kernels of
+hash_kernels.py run instead; on a CPU the reference itself runs.
+
+Symbols: B batch, S cache length, N current length (`seq_lens`, int32 [B], the newest token included), Hq query heads, Hkv
+key/value heads, G = Hq / Hkv, D head_dim, b signature bits, W = b / 32 words, Hs signature heads, P magnitude planes,
+K tokens attended per signature head.
+"""
+import itertools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common import UserError, atomic_path
+
+NUM_BINS = 64
+
+
+@dataclass(frozen=True)
+class HashConfig:
+    """The shape of signatures.
+
+    bits: signature bits per token and signature head, a multiple of 32.
+    query_bits: 1 = signs alone (both papers); 2-8 = each query bit carries a signed integer weight of that many bits.
+    depth: layers of the encoder, 1 (linear) to 3 (HashAttention's D -> hidden -> hidden -> bits with SiLU).
+    hidden: width of the inner layers where depth > 1.
+    share: "kv" = one signature per KV head, its G query heads select together; "query" = each query head alone (HashAttention).
+    """
+    bits: int = 32
+    query_bits: int = 4
+    depth: int = 1
+    hidden: int = 128
+    share: str = "kv"
+
+    def __post_init__(self) -> None:
+        if self.bits not in (32, 64, 128):
+            raise UserError(f"signature bits must be 32, 64 or 128, not {self.bits}")
+        if not 1 <= self.query_bits <= 8:
+            raise UserError(f"query_bits must be 1 to 8, not {self.query_bits}")
+        if not 1 <= self.depth <= 3:
+            raise UserError(f"encoder depth must be 1 to 3, not {self.depth}")
+        if self.share not in ("kv", "query"):
+            raise UserError(f"share must be 'kv' or 'query', not {self.share!r}")
+
+    @property
+    def words(self) -> int:
+        return self.bits // 32
+
+    def signature_heads(self, n_head: int, n_kv_head: int) -> int:
+        return n_kv_head if self.share == "kv" else n_head
+
+    def planes(self, group: int) -> int:
+        """Magnitude planes P for `group` query heads per signature head."""
+        return self.query_bits - 1 if self.query_bits > 1 else group.bit_length()
+
+    def shift(self, group: int) -> int:
+        """Score resolution given up so that the scores that matter fit the bins (see `score_bins`).
+
+        Chance agreement is T/2 and the best scores are near T = sum |w|. T is about 0.4 b (2^(query_bits-1) - 1) for
+        Gaussian codes and b sqrt(2 group / pi) for sums of signs; its upper half must fit into the bins.
+        """
+        if self.query_bits > 1:
+            total = 0.4 * self.bits * (2 ** (self.query_bits - 1) - 1)
+        else:
+            total = self.bits * max(1.0, (2 * group / torch.pi) ** 0.5)
+        shift = 0
+        while total / 2 / 2 ** shift > NUM_BINS:
+            shift += 1
+        return shift
+
+
+# ---------------------------------------------------------------------------------------------------------------- encode
+
+class HashEncoder(nn.Module):
+    """Encoders of one layer: phi_k for keys and phi_q for queries, all heads batched.
+
+    Key weights are [Hs, in, out], query weights [Hq, in, out]; biases [Hs or Hq, out]. They stay in float32: they are small,
+    and bits next to zero then agree between devices.
+    """
+
+    def __init__(self, config: HashConfig, n_head: int, n_kv_head: int, head_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.n_signature_head = config.signature_heads(n_head, n_kv_head)
+        self.group = n_head // self.n_signature_head
+        widths = [head_dim] + [config.hidden] * (config.depth - 1) + [config.bits]
+        self.key = _perceptron(self.n_signature_head, widths)
+        self.query = _perceptron(n_head, widths)
+
+    @property
+    def shift(self) -> int:
+        return self.config.shift(self.group)
+
+    def key_codes(self, k: Tensor) -> Tensor:
+        """Real-valued codes phi_k(k) of keys after RoPE. k [B, Hkv, T, D] -> float32 [B, Hs, T, b]."""
+        return _apply_perceptron(self.key, k.repeat_interleave(self.n_signature_head // k.shape[1], dim=1))
+
+    def query_codes(self, q: Tensor) -> Tensor:
+        """Real-valued codes phi_q(q) of queries after RoPE. q [B, Hq, T, D] -> float32 [B, Hq, T, b]."""
+        return _apply_perceptron(self.query, q)
+
+    def encode_keys(self, k: Tensor) -> Tensor:
+        """Signatures of keys after RoPE. k [B, Hkv, T, D] -> int32 [B, Hs, T, W], bit i = [phi_k(k)_i > 0]."""
+        return pack_bits(self.key_codes(k) > 0)
+
+    def encode_queries(self, q: Tensor) -> Tensor:
+        """Bit planes of queries after RoPE. q [B, Hq, D] -> int32 [B, Hs, 1 + P, W], the sign plane first."""
+        codes = self.query_codes(q.unsqueeze(2)).squeeze(2)  # [B, Hq, b]
+        codes = codes.unflatten(1, (self.n_signature_head, self.group))  # [B, Hs, G, b]
+        return weight_planes(query_weights(codes, self.config), self.config.planes(self.group))
+
+
+def _perceptron(heads: int, widths: list[int]) -> nn.ModuleList:
+    layers = nn.ModuleList()
+    for n_in, n_out in itertools.pairwise(widths):
+        layer = nn.Module()
+        layer.weight = nn.Parameter(torch.empty(heads, n_in, n_out, dtype=torch.float32), requires_grad=False)
+        layer.bias = nn.Parameter(torch.zeros(heads, n_out, dtype=torch.float32), requires_grad=False)
+        layers.append(layer)
+    return layers
+
+
+def _apply_perceptron(layers: nn.ModuleList, x: Tensor) -> Tensor:
+    """x [B, H, T, in] -> float32 [B, H, T, out]: one small network per head."""
+    x = x.float()
+    for j, layer in enumerate(layers):
+        x = x @ layer.weight + layer.bias[:, None]
+        if j < len(layers) - 1:
+            x = F.silu(x)
+    return x
+
+
+def query_weights(codes: Tensor, config: HashConfig) -> Tensor:
+    """Integer weight of every signature bit. codes [B, Hs, G, b] real -> int32 [B, Hs, b].
+
+    query_bits >= 2: the group's codes are summed and scaled so that the largest becomes the largest integer.
+    query_bits = 1: the sum of the heads' signs, so that ranking by score is ranking by summed Hamming similarity.
+    """
+    if config.query_bits == 1:
+        return torch.where(codes > 0, 1, -1).sum(dim=2, dtype=torch.int32)
+    code = codes.sum(dim=2)
+    top = 2 ** (config.query_bits - 1) - 1
+    largest = code.abs().amax(dim=-1, keepdim=True)
+    scaled = torch.where(largest > 0, code / largest, 0.0) * (top + 0.5)
+    return scaled.round().clamp(-top, top).to(torch.int32)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """bool [..., b] -> int32 [..., b / 32], little-endian: bit i of word j is bits[..., 32 j + i]."""
+    words = bits.unflatten(-1, (-1, 32)).to(torch.int32)
+    return (words << torch.arange(32, dtype=torch.int32, device=bits.device)).sum(dim=-1, dtype=torch.int32)
+
+
+def weight_planes(weights: Tensor, n_planes: int) -> Tensor:
+    """Sign-magnitude bit planes. weights int32 [B, Hs, b] -> int32 [B, Hs, 1 + P, W]."""
+    magnitude = weights.abs()
+    planes = [weights > 0] + [(magnitude >> p) & 1 > 0 for p in range(n_planes)]
+    return pack_bits(torch.stack(planes, dim=2))
+
+
+# ----------------------------------------------------------------------------------------------------------------- score
+
+def popcount(x: Tensor) -> Tensor:
+    """Set bits of each int32. The sign bit is counted apart so that no step overflows."""
+    negative = (x < 0).to(torch.int32)
+    x = x & 0x7FFFFFFF
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return ((x + (x >> 16)) & 0x3F) + negative
+
+
+def score_reference(planes: Tensor, signatures: Tensor) -> Tensor:
+    """Summed |w| over the bits where key and query agree.
+
+    planes int32 [B, Hs, 1 + P, W], signatures int32 [B, Hs, S, W] -> int32 [B, Hs, S].
+    """
+    disagree = signatures ^ planes[:, :, :1]  # [B, Hs, S, W]
+    score = torch.zeros(signatures.shape[:3], dtype=torch.int32, device=signatures.device)
+    for p in range(planes.shape[2] - 1):
+        agree = ~disagree & planes[:, :, 1 + p, None]
+        score = score + (popcount(agree).sum(dim=-1, dtype=torch.int32) << p)
+    return score
+
+
+def score_bins(score: Tensor, planes: Tensor, shift: int) -> Tensor:
+    """The bin of each score: clamp((score - T // 2) >> shift, 0, 63), T = sum |w|. int32 [B, Hs, S] in and out."""
+    place = 2 ** torch.arange(planes.shape[2] - 1, dtype=torch.int32, device=planes.device)
+    total = (popcount(planes[:, :, 1:]).sum(dim=-1, dtype=torch.int32) * place).sum(dim=-1, dtype=torch.int32)  # [B, Hs]
+    return ((score - (total // 2)[..., None]) >> shift).clamp(0, NUM_BINS - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- select
+
+def select_tokens_reference(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int | Tensor, sink: int,
+                            recent: int, K: int | None = None, shift: int = 0) -> Tensor:
+    """The tokens that each signature head attends to: an exact integer top-k of static shape.
+
+    planes int32 [B, Hs, 1 + P, W], signatures int32 [B, Hs, S, W], seq_lens int32 [B] -> indices int32 [B, Hs, K].
+    Always in, inside the budget: the first `sink` and the last `recent` tokens. The rest come from between them by bin
+    descending, then position ascending. A sequence no longer than the budget keeps all its tokens. Unused slots are -1.
+    The order within a row is free; the set is not.
+    budget: tokens per signature head, an int or int32 [Hs] on the device, each at least sink + recent and at most K.
+    K: slots in the result; the int budget where not given.  shift: `HashEncoder.shift`.
+    """
+    K = _slots(budget, K)
+    S = signatures.shape[2]
+    position = torch.arange(S, dtype=torch.int32, device=signatures.device)
+    length = seq_lens[:, None, None]  # [B, 1, 1]
+    bins = score_bins(score_reference(planes, signatures), planes, shift)
+    always = (position < sink) | (position >= length - recent)  # [B, 1, S]
+    rank = torch.where(position < length, torch.where(always, NUM_BINS, bins), -1)
+    # one integer per token orders by (rank descending, position ascending)
+    order = rank.to(torch.int64) * S + (S - 1 - position)
+    best = order.topk(min(K, S), dim=-1).values  # [B, Hs, min(K, S)]
+    indices = (S - 1 - best % S).to(torch.int32)
+    slot = torch.arange(min(K, S), device=signatures.device)
+    limit = budget[:, None] if isinstance(budget, Tensor) else budget
+    indices = torch.where((best >= 0) & (slot < limit), indices, -1)
+    return F.pad(indices, (0, K - min(K, S)), value=-1)
+
+
+def _slots(budget: int | Tensor, K: int | None) -> int:
+    if K is None:
+        if isinstance(budget, Tensor):
+            raise ValueError("K is required where budget is a tensor")
+        return budget
+    return K
+
+
+# ---------------------------------------------------------------------------------------------------------------- attend
+
+def sparse_attention_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor,
+                               scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Attention of one query per head over selected cache rows.
+
+    q [B, Hq, D], k_cache and v_cache [B, Hkv, S, D], indices int32 [B, Hs, K] (-1 = unused), scale 1/sqrt(D) by default
+    -> out [B, Hq, D] in q's dtype, lse float32 [B, Hq]. A row of only -1 gives out 0 and lse -inf.
+    Rows that are not selected are never used: they may hold NaN.
+    """
+    B, Hq, D = q.shape
+    Hkv, Hs = k_cache.shape[1], indices.shape[1]
+    scale = D ** -0.5 if scale is None else scale
+    valid = indices >= 0
+    batch = torch.arange(B, device=q.device)[:, None, None]
+    kv_head = (torch.arange(Hs, device=q.device) // (Hs // Hkv))[None, :, None]
+    row = indices.clamp(min=0)
+    k = k_cache[batch, kv_head, row].float()  # [B, Hs, K, D]
+    # an unused slot reads row 0, whose value must not reach the output even as 0 * NaN
+    v = v_cache[batch, kv_head, row].masked_fill(~valid[..., None], 0).float()
+    queries = q.float().unflatten(1, (Hs, Hq // Hs))  # [B, Hs, G, D]
+    scores = (queries @ k.transpose(-1, -2) * scale).masked_fill(~valid[:, :, None], float("-inf"))  # [B, Hs, G, K]
+    out, lse = _softmax_attend(scores, v)
+    return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
+
+
+def dense_attention_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor,
+                              scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Attention of the last T positions of each sequence over its whole prefix, causal among them.
+
+    q [B, T, Hq, D], k_cache and v_cache [B, Hkv, S, D], seq_lens int32 [B] (the T tokens included)
+    -> out [B, T, Hq, D] in q's dtype, lse float32 [B, T, Hq]. Cache rows at and past seq_lens are never used.
+    """
+    _, T, Hq, D = q.shape
+    Hkv, S = k_cache.shape[1:3]
+    scale = D ** -0.5 if scale is None else scale
+    position = torch.arange(S, device=q.device)
+    last = seq_lens[:, None] - T + torch.arange(T, device=q.device)  # [B, T]: the newest token each query may see
+    hidden = position > last[..., None]  # [B, T, S]
+    v = v_cache.masked_fill((position >= seq_lens[:, None])[:, None, :, None], 0).float()
+    queries = q.float().unflatten(2, (Hkv, Hq // Hkv)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, G * T, D]
+    hidden = hidden.repeat(1, Hq // Hkv, 1)[:, None]  # [B, 1, G * T, S]
+    scores = (queries @ k_cache.float().transpose(-1, -2) * scale).masked_fill(hidden, float("-inf"))
+    out, lse = _softmax_attend(scores, v)
+    out = out.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # [B, T, Hq, D]
+    lse = lse.unflatten(2, (-1, T)).permute(0, 3, 1, 2).flatten(2, 3)
+    return out.to(q.dtype), lse
+
+
+def _softmax_attend(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """scores float32 [..., M, K], v float32 [..., K, D] -> out [..., M, D] and lse [..., M]; all -inf gives 0 and -inf."""
+    largest = scores.amax(dim=-1, keepdim=True)
+    weights = torch.exp(scores - largest.masked_fill(largest.isneginf(), 0.0))
+    total = weights.sum(dim=-1, keepdim=True)
+    return weights @ v / total.clamp(min=1e-30), (largest + total.log()).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- append
+
+def append_to_cache_reference(k: Tensor, v: Tensor, new_signatures: Tensor | None, k_cache: Tensor, v_cache: Tensor,
+                              signatures: Tensor | None, seq_lens: Tensor) -> None:
+    """Write the newest T rows of each sequence in place, at seq_lens - T .. seq_lens.
+
+    k, v [B, Hkv, T, D] into k_cache, v_cache [B, Hkv, S, D]; new_signatures int32 [B, Hs, T, W] into signatures
+    [B, Hs, S, W] (both None where no signatures are kept); seq_lens int32 [B], the T tokens included.
+    """
+    B, _, T, _ = k.shape
+    batch = torch.arange(B, device=k.device)[:, None]
+    row = seq_lens[:, None] - T + torch.arange(T, device=k.device)  # [B, T]
+    k_cache[batch, :, row] = k.transpose(1, 2)
+    v_cache[batch, :, row] = v.transpose(1, 2)
+    if signatures is not None:
+        signatures[batch, :, row] = new_signatures.transpose(1, 2)
+
+
+# -------------------------------------------------------------------------------------------------------------- dispatch
+
+def append_to_cache(k: Tensor, v: Tensor, new_signatures: Tensor | None, k_cache: Tensor, v_cache: Tensor,
+                    signatures: Tensor | None, seq_lens: Tensor) -> None:
+    """`append_to_cache_reference`, by the Triton kernel where the tensors are on a GPU."""
+    if k.is_cuda:
+        import hash_kernels
+        hash_kernels.append_to_cache(k, v, new_signatures, k_cache, v_cache, signatures, seq_lens)
+    else:
+        append_to_cache_reference(k, v, new_signatures, k_cache, v_cache, signatures, seq_lens)
+
+
+def select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int | Tensor, sink: int, recent: int,
+                  K: int | None = None, shift: int = 0) -> Tensor:
+    """`select_tokens_reference`, by the Triton kernels where the tensors are on a GPU."""
+    if signatures.is_cuda:
+        import hash_kernels
+        return hash_kernels.select_tokens(planes, signatures, seq_lens, budget, sink, recent, _slots(budget, K), shift)
+    return select_tokens_reference(planes, signatures, seq_lens, budget, sink, recent, K, shift)
+
+
+def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor,
+                     scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """`sparse_attention_reference`, by the Triton kernel where the tensors are on a GPU."""
+    if q.is_cuda:
+        import hash_kernels
+        return hash_kernels.sparse_attention(q, k_cache, v_cache, indices, scale)
+    return sparse_attention_reference(q, k_cache, v_cache, indices, scale)
+
+
+def dense_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor,
+                    scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """`dense_attention_reference`, by the Triton kernel where the tensors are on a GPU."""
+    if q.is_cuda:
+        import hash_kernels
+        return hash_kernels.dense_attention(q, k_cache, v_cache, seq_lens, scale)
+    return dense_attention_reference(q, k_cache, v_cache, seq_lens, scale)
+
+
+# ----------------------------------------------------------------------------------------------------------------- files
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What of a model its signatures depend on; checked when they are loaded."""
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    rope_theta: float
+    vocab_size: int
+
+
+def random_encoders(config: HashConfig, model: Fingerprint, seed: int = 0) -> list[HashEncoder]:
+    """Untrained signatures: seeded random projections (LSH), the query heads of a group sharing their key's matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    encoders = []
+    for _ in range(model.n_layer):
+        encoder = HashEncoder(config, model.n_head, model.n_kv_head, model.head_dim)
+        for key, query in zip(encoder.key, encoder.query, strict=True):
+            key.weight.normal_(std=key.weight.shape[1] ** -0.5, generator=generator)
+            query.weight.copy_(key.weight.repeat_interleave(encoder.group, dim=0))
+        encoders.append(encoder)
+    return encoders
+
+
+def save_signatures(path: str | Path, encoders: list[HashEncoder], model: Fingerprint, provenance: dict) -> None:
+    """Write the encoders of all layers, their config, the model's fingerprint and how they came to be, as safetensors."""
+    tensors = {f"layers.{i}.{name}": tensor.detach().cpu().contiguous()
+               for i, encoder in enumerate(encoders) for name, tensor in encoder.state_dict().items()}
+    about = {"config": asdict(encoders[0].config), "model": asdict(model), **provenance}
+    with atomic_path(path) as beside:
+        save_file(tensors, beside, metadata={"hashfast": json.dumps(about)})
+
+
+def load_signatures(path: str | Path, model: Fingerprint) -> tuple[list[HashEncoder], dict]:
+    """Read what `save_signatures` wrote -> (one HashEncoder per layer, the metadata). UserError where it does not fit."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no signatures file at {path}; train one with train_hash.py or leave --signatures out")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["hashfast"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        config = HashConfig(**about["config"])
+        trained_on = Fingerprint(**about["model"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a hashfast signatures file ({type(error).__name__}: {error}); "
+                        "make one with train_hash.py") from error
+    for field, here in asdict(model).items():
+        there = getattr(trained_on, field)
+        if here != there:
+            raise UserError(f"{path} holds signatures of another model: {field} is {there} there and {here} here; "
+                            "use signatures trained on this model")
+    encoders = []
+    for i in range(model.n_layer):
+        encoder = HashEncoder(config, model.n_head, model.n_kv_head, model.head_dim)
+        prefix = f"layers.{i}."
+        state = {name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items() if name.startswith(prefix)}
+        try:
+            encoder.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(f"{path}, layer {i}: {error}; train the signatures again with train_hash.py") from error
+        encoders.append(encoder)
+    return encoders, about

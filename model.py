@@ -1,0 +1,298 @@
+"""Llama, Mistral and Qwen2 in one file: a decoder whose decode step may attend to the tokens that signatures choose.
+
+Two ways through the model:
+    prefill   one sequence's prompt, in chunks of host-known position; dense attention; fills K, V and signatures
+    forward   one decode step for the whole batch; lengths live on the device, every shape is static (one CUDA graph)
+
+Symbols: B batch, T tokens per sequence in this call, S cache length, d model width, Hq query heads, Hkv key/value heads,
+D head_dim, Hs signature heads, W signature words.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+
+from hash_attention import Fingerprint, HashEncoder, append_to_cache, dense_attention, select_tokens, sparse_attention
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How positions beyond the first training length are squeezed: `linear`, `llama3` or `yarn` (arXiv 2309.00071)."""
+    kind: str
+    factor: float
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """The shape of a model; checkpoint.py reads it from config.json.
+
+    max_position: the context length that the model was made for.  sliding_window: None where attention is full.
+    """
+    n_layer: int
+    dim: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    max_position: int = 0
+    sliding_window: int | None = None
+    qkv_bias: bool = False
+    tie_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class SparseSettings:
+    """What a hash decode step reads.
+
+    budget: tokens per signature head, `sink` first and `recent` last ones included.
+    dense_layers: the first layers that attend to everything.
+    """
+    budget: int
+    sink: int = 64
+    recent: int = 128
+    dense_layers: int = 0
+
+
+class KVCache(nn.Module):
+    """Static buffers of one layer: k, v [B, Hkv, S, D] and, with an encoder, signatures int32 [B, Hs, S, W]."""
+
+    def __init__(self, batch: int, length: int, args: ModelArgs, encoder: HashEncoder | None, device: torch.device,
+                 dtype: torch.dtype) -> None:
+        super().__init__()
+        shape = (batch, args.n_kv_head, length, args.head_dim)
+        self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+        self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+        signatures = None
+        if encoder is not None:
+            shape = (batch, encoder.n_signature_head, length, encoder.config.words)
+            signatures = torch.zeros(shape, device=device, dtype=torch.int32)
+        self.register_buffer("signatures", signatures, persistent=False)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight
+
+
+class FeedForward(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.w13 = nn.Linear(args.dim, 2 * args.intermediate_size, bias=False)
+        self.w2 = nn.Linear(args.intermediate_size, args.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class Attention(nn.Module):
+    """Projections, cache and attention of one layer. `sparse` and `encoder` are None where the layer is dense."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = args.n_head, args.n_kv_head, args.head_dim
+        self.wqkv = nn.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim, bias=args.qkv_bias)
+        self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
+        self.encoder: HashEncoder | None = None
+        self.cache: KVCache | None = None
+        self.sparse: SparseSettings | None = None
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, d] -> q [B, T, Hq, D], k and v [B, Hkv, T, D]; q and k after RoPE."""
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, Hq + 2 Hkv, D]
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor) -> Tensor:
+        """Append and attend at device-known lengths. Shapes as `project` gives them -> [B, T, Hq, D]."""
+        cache = self.cache
+        signatures = None if self.encoder is None else self.encoder.encode_keys(k)
+        append_to_cache(k, v, signatures, cache.k, cache.v, cache.signatures, seq_lens)
+        if self.sparse is None:
+            return dense_attention(q, cache.k, cache.v, seq_lens)[0]
+        query = q[:, 0]  # a sparse step decodes one token per sequence
+        indices = select_tokens(self.encoder.encode_queries(query), cache.signatures, seq_lens, self.sparse.budget,
+                                self.sparse.sink, self.sparse.recent, shift=self.encoder.shift)
+        return sparse_attention(query, cache.k, cache.v, indices)[0][:, None]
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, row: int, start: int) -> Tensor:
+        """Write one sequence's tokens start .. start + T and attend to all up to them. Shapes as `project` gives them."""
+        end = start + k.shape[2]
+        cache = self.cache
+        cache.k[row, :, start:end] = k[0]
+        cache.v[row, :, start:end] = v[0]
+        if self.encoder is not None:
+            cache.signatures[row, :, start:end] = self.encoder.encode_keys(k)[0]
+        return causal_attention(q, cache.k[row:row + 1, :, :end], cache.v[row:row + 1, :, :end])
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention = Attention(args)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.feed_forward = FeedForward(args)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seq_lens: Tensor) -> Tensor:
+        """One decode step of this layer. x [B, T, d], cos and sin [B, T, D / 2], seq_lens int32 [B] -> [B, T, d]."""
+        q, k, v = self.attention.project(self.attention_norm(x), cos, sin)
+        return self.finish(x, self.attention.decode(q, k, v, seq_lens))
+
+    def prefill(self, x: Tensor, cos: Tensor, sin: Tensor, row: int, start: int) -> Tensor:
+        """One prompt chunk of sequence `row` through this layer. x [1, T, d] -> [1, T, d]."""
+        q, k, v = self.attention.project(self.attention_norm(x), cos, sin)
+        return self.finish(x, self.attention.prefill(q, k, v, row, start))
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Output projection and feed-forward with their residuals. x [B, T, d], attended [B, T, Hq, D] -> [B, T, d]."""
+        x = x + self.attention.wo(attended.flatten(2))
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layer))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        if args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        with torch.device("cpu"):  # also where the parameters are made on the meta device
+            self.inv_freq, self.rope_gain = rope_frequencies(args)
+
+    def fingerprint(self) -> Fingerprint:
+        args = self.args
+        return Fingerprint(args.n_layer, args.n_head, args.n_kv_head, args.head_dim, args.rope_theta, args.vocab_size)
+
+    def setup_caches(self, batch: int, length: int, encoders: list[HashEncoder] | None = None,
+                     sparse: SparseSettings | None = None) -> None:
+        """Allocate static caches of `length` tokens for `batch` sequences, beside the weights.
+
+        With `encoders` (one per layer) signatures are kept as well; `sparse` says what a decode step then reads.
+        """
+        weight = self.tok_embeddings.weight
+        self.inv_freq = self.inv_freq.to(weight.device)
+        for i, layer in enumerate(self.layers):
+            is_sparse = encoders is not None and (sparse is None or i >= sparse.dense_layers)
+            layer.attention.encoder = encoders[i].to(weight.device) if is_sparse else None
+            layer.attention.cache = KVCache(batch, length, self.args, layer.attention.encoder, weight.device, weight.dtype)
+        self.set_sparse(sparse)
+
+    def set_sparse(self, sparse: SparseSettings | None) -> None:
+        """Choose what decode steps read from now on: `sparse`, or everything (None). The caches stay as they are."""
+        for layer in self.layers:
+            layer.attention.sparse = sparse if layer.attention.encoder is not None else None
+
+    def forward(self, tokens: Tensor, seq_lens: Tensor) -> Tensor:
+        """One decode step. tokens int64 [B, T], seq_lens int32 [B] with these tokens counted -> logits [B, T, vocab].
+
+        T > 1 (verifying drafted tokens) needs dense attention.
+        """
+        positions = seq_lens[:, None] - tokens.shape[1] + torch.arange(tokens.shape[1], device=tokens.device)
+        x, cos, sin = self.embed(tokens, positions)
+        for layer in self.layers:
+            x = layer(x, cos, sin, seq_lens)
+        return self.logits(x)
+
+    def prefill(self, tokens: Tensor, row: int = 0, start: int = 0) -> Tensor:
+        """One prompt chunk of sequence `row` at position `start`. tokens int64 [T] -> logits of the last position [vocab]."""
+        x, cos, sin = self.embed(tokens[None], torch.arange(start, start + len(tokens), device=tokens.device)[None])
+        for layer in self.layers:
+            x = layer.prefill(x, cos, sin, row, start)
+        return self.logits(x[:, -1:])[0, 0]
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens, positions [B, T] -> x [B, T, d], cos and sin [B, T, D / 2]."""
+        return self.tok_embeddings(tokens), *self.rope(positions)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.output(self.norm(x))
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions [B, T] -> cos and sin float32 [B, T, D / 2]."""
+        angle = positions[..., None].float() * self.inv_freq.to(positions.device)
+        return angle.cos() * self.rope_gain, angle.sin() * self.rope_gain
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of the last T positions over all, causal among them. q [1, T, Hq, D], k and v [1, Hkv, N, D] -> as q."""
+    T, N = q.shape[1], k.shape[2]
+    q = q.transpose(1, 2)
+    if T == N:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    else:  # is_causal would align the mask to the top left, as if the prefix were not there
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, N), enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------------ RoPE
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of each head (Hugging Face's layout). x [B, T, H, D], cos and sin [B, T, D / 2]."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rope_frequencies(args: ModelArgs) -> tuple[Tensor, float]:
+    """Radians per position of each pair of channels, float32 [D / 2], and the factor on cos and sin (yarn's; else 1)."""
+    inv_freq = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2, dtype=torch.float32) / args.head_dim)
+    scaling = args.rope_scaling
+    if scaling is None:
+        return inv_freq, 1.0
+    if scaling.kind == "linear":
+        return inv_freq / scaling.factor, 1.0
+    if scaling.kind == "llama3":
+        return _llama3_frequencies(inv_freq, scaling), 1.0
+    if scaling.kind == "yarn":
+        gain = scaling.attention_factor
+        return _yarn_frequencies(inv_freq, args.rope_theta, scaling), gain or 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
+    raise ValueError(f"unknown RoPE scaling {scaling.kind!r}")
+
+
+def _llama3_frequencies(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1: long wavelengths divided by the factor, short ones kept, a linear blend between."""
+    turns = scaling.original_max_position * inv_freq / (2 * math.pi)  # rotations over the original length
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = keep.clamp(0, 1)
+    return inv_freq * keep + inv_freq / scaling.factor * (1 - keep)
+
+
+def _yarn_frequencies(inv_freq: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
+    """YaRN, section 3.2: channels that turn often are kept, slow ones are divided by the factor, a ramp between."""
+    dim = 2 * len(inv_freq)
+
+    def channel(turns: float) -> float:
+        return dim * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = channel(scaling.beta_fast), channel(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low if high > low else 0.001)
+    keep = 1 - ramp.clamp(0, 1)
+    return inv_freq * keep + inv_freq / scaling.factor * (1 - keep)

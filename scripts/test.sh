@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The test suite in its own environment, with the real weights it needs. Arguments go to pytest: bash scripts/test.sh -k model
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup_venv.sh
+setup_venv requirements-dev.txt
+
+.venv/bin/python scripts/fetch_quickstart.py
+exec .venv/bin/python -m pytest "$@"

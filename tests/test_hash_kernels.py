@@ -1,0 +1,372 @@
+"""Every kernel against its reference: on a GPU where there is one, else in Triton's interpreter on the CPU.
+
+The kernel always runs before the reference, so that memory the reference left behind cannot pass for its result.
+"""
+import itertools
+import os
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+import hash_attention as reference  # noqa: E402
+import hash_kernels as kernels  # noqa: E402
+from hash_attention import HashConfig  # noqa: E402
+
+DEVICE = "cuda" if GPU else "cpu"
+# the interpreter multiplies bfloat16 wrongly
+DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
+ROUNDING = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def gpu_only(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not GPU, reason="needs a GPU")(test))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def lengths(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def random_planes(config: HashConfig, B: int, Hs: int, group: int) -> torch.Tensor:
+    codes = torch.randn(B, Hs, group, config.bits, device=DEVICE)
+    return reference.weight_planes(reference.query_weights(codes, config), config.planes(group))
+
+
+def random_signatures(*shape: int) -> torch.Tensor:
+    return torch.randint(-2 ** 31, 2 ** 31, shape, device=DEVICE).int()
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def strided_cache(B: int, H: int, S: int, D: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[B, H, S, D] inside a wider tensor whose sequence comes before its heads."""
+    return normal(B, S, H + 1, D + 8, dtype=dtype)[:, :, 1:, :D].transpose(1, 2)
+
+
+def assert_close(got: tuple, expected: tuple, dtype: torch.dtype) -> None:
+    out, lse = (x.float() for x in got)
+    expected_out, expected_lse = expected
+    assert got[0].dtype == dtype and got[1].dtype == torch.float32
+    assert out.isfinite().all()
+    error = (out - expected_out).norm() / expected_out.norm()
+    assert error < ROUNDING[dtype], f"out: relative error {error:.2e}"
+    seen = expected_lse.isfinite()
+    assert torch.equal(lse.isneginf(), ~seen)
+    assert (out[~seen] == 0).all()
+    # sums are float32 whatever the dtype: only exact products of rounded inputs enter
+    torch.testing.assert_close(lse[seen], expected_lse[seen], rtol=2e-6, atol=4e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------- append
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("Hs", "W", "T"), [(2, 1, 1), (6, 4, 1), (2, 2, 3)])
+def test_append(dtype, Hs, W, T):
+    B, Hkv, S, D = 3, 2, 40, 96
+    caches = [strided_cache(B, Hkv, S, D, dtype), strided_cache(B, Hkv, S, D, dtype), random_signatures(B, Hs, S, W)]
+    expected = [cache.clone() for cache in caches]
+    # as a model makes them: a transposed view of [B, T, H, D]
+    k, v = (normal(B, T, Hkv, D, dtype=dtype).transpose(1, 2) for _ in range(2))
+    signatures = random_signatures(B, Hs, T, W)
+    seq_lens = lengths(T, 17, S)
+    kernels.append_to_cache(k, v, signatures, *caches, seq_lens)
+    reference.append_to_cache_reference(k, v, signatures, *expected, seq_lens)
+    assert all(map(torch.equal, caches, expected))
+
+
+def test_append_without_signatures():
+    k_cache, v_cache = normal(2, 2, 9, 64), normal(2, 2, 9, 64)
+    expected = k_cache.clone(), v_cache.clone()
+    k, v, seq_lens = normal(2, 2, 1, 64), normal(2, 2, 1, 64), lengths(1, 9)
+    kernels.append_to_cache(k, v, None, k_cache, v_cache, None, seq_lens)
+    reference.append_to_cache_reference(k, v, None, *expected, None, seq_lens)
+    assert torch.equal(k_cache, expected[0]) and torch.equal(v_cache, expected[1])
+
+
+# ----------------------------------------------------------------------------------------------------------------- select
+
+SMALL_BLOCKS = {"score_warps": 4, "compact_warps": 4}
+
+
+def check_select(planes, signatures, seq_lens, budget, sink, recent, K, shift, **launch):
+    """Two runs, bit-equal, and the reference's set in ascending order."""
+    budgets = budget if isinstance(budget, torch.Tensor) else None
+
+    def select() -> torch.Tensor:
+        if not launch:
+            return kernels.select_tokens(planes, signatures, seq_lens, budget, sink, recent, K, shift)
+        return kernels._launch_select(planes, signatures, seq_lens, K if budgets is not None else budget, budgets, sink, recent,
+                                      K, shift, **SMALL_BLOCKS, **launch)
+
+    first, second = select(), select()
+    expected = reference.select_tokens_reference(planes, signatures, seq_lens, budget, sink, recent, K, shift)
+    assert torch.equal(first, second)
+    past = torch.iinfo(torch.int32).max
+    ascending = torch.where(expected < 0, past, expected).sort(dim=-1).values
+    assert torch.equal(first, torch.where(ascending == past, -1, ascending))
+
+
+@pytest.mark.parametrize(("bits", "query_bits", "share", "group"), [
+    (32, 4, "kv", 3), (32, 1, "kv", 7), (32, 1, "query", 1), (64, 8, "kv", 16), (64, 4, "query", 2), (128, 1, "kv", 1),
+])
+def test_select(bits, query_bits, share, group):
+    config = HashConfig(bits=bits, query_bits=query_bits, share=share)
+    Hs = config.signature_heads(2 * group, 2)
+    group = 2 * group // Hs
+    planes, signatures = random_planes(config, 3, Hs, group), random_signatures(3, Hs, 2500, config.words)
+    check_select(planes, signatures, lengths(1, 700, 2437), 300, 16, 33, 300, config.shift(group))
+
+
+@pytest.mark.parametrize(("chunk", "step", "n_blocks"), [(256, 256, 1), (256, 128, 3), (512, 256, 9)])
+def test_select_across_blocks(chunk, step, n_blocks):
+    """Several steps a chunk, chunks a block and blocks a row, more blocks than tokens, and a strided view of the cache."""
+    config = HashConfig()
+    planes = random_planes(config, 3, 2, 3)
+    signatures = random_signatures(3, 1501, 3, 2)[:, :, 1:, 1:].transpose(1, 2)  # [3, 2, 1501, 1]
+    check_select(planes, signatures, lengths(5, 777, 1501), 200, 7, 20, 200, 0, chunk=chunk, step=step, n_blocks=n_blocks)
+
+
+@pytest.mark.parametrize(("budget", "sink", "recent"), [(300, 0, 0), (300, 100, 200), (130, 0, 129), (700, 64, 128)])
+def test_select_edges(budget, sink, recent):
+    """Budgets taken up by what is always in, no such tokens, lengths of at most the budget, slots to spare."""
+    planes, signatures = random_planes(HashConfig(), 7, 1, 2), random_signatures(7, 1, 900, 1)
+    check_select(planes, signatures, lengths(1, sink + 1, 130, 300, 700, 701, 900), budget, sink, recent, budget + 37, 0)
+
+
+@pytest.mark.parametrize("alike", ["all", "halves"])
+def test_select_ties(alike):
+    """Equal scores go by position, across chunks and blocks."""
+    config = HashConfig()
+    signatures = random_signatures(2, 2, 1, 1).repeat(1, 1, 1100, 1)
+    if alike == "halves":
+        signatures[:, :, ::2] = ~signatures[:, :, ::2]
+    planes = random_planes(config, 2, 2, 3)
+    check_select(planes, signatures, lengths(1100, 901), 400, 3, 5, 400, 0, chunk=256, step=256, n_blocks=3)
+
+
+def test_select_weightless_query():
+    """A query of zeros agrees with nothing: all scores and T are 0."""
+    check_select(torch.zeros(2, 1, 4, 1, dtype=torch.int32, device=DEVICE), random_signatures(2, 1, 600, 1), lengths(600, 401),
+                 100, 3, 5, 100, 0)
+
+
+def test_select_budget_per_head():
+    config = HashConfig(bits=64)
+    budget = torch.tensor([40, 128, 300, 64], dtype=torch.int32, device=DEVICE)
+    check_select(random_planes(config, 2, 4, 2), random_signatures(2, 4, 1100, 2), lengths(90, 1093), budget, 10, 20, 300, 1)
+
+
+def test_select_beyond_the_cache():
+    """More slots and budget than the cache has rows."""
+    check_select(random_planes(HashConfig(), 2, 2, 2), random_signatures(2, 2, 50, 1), lengths(50, 9), 80, 4, 4, 90, 0)
+
+
+def test_select_ignores_what_lies_past_the_length():
+    config = HashConfig()
+    planes, signatures, seq_lens = random_planes(config, 2, 2, 2), random_signatures(2, 2, 600, 1), lengths(333, 418)
+    before = kernels.select_tokens(planes, signatures, seq_lens, 64, 4, 4, 64, 0)
+    for b, length in enumerate(seq_lens.tolist()):
+        signatures[b, :, length:] = random_signatures(2, 600 - length, 1)
+    assert torch.equal(before, kernels.select_tokens(planes, signatures, seq_lens, 64, 4, 4, 64, 0))
+
+
+# ---------------------------------------------------------------------------------------------------------- attend: sparse
+
+def random_indices(B: int, Hs: int, K: int, S: int, unused: float = 0.2) -> torch.Tensor:
+    """Distinct positions in any order, some slots unused."""
+    order = torch.rand(B, Hs, S, device=DEVICE).argsort(dim=-1)[..., :K].int()
+    return torch.where(torch.rand(B, Hs, K, device=DEVICE) < unused, -1, order)
+
+
+def poison_unselected(cache: torch.Tensor, indices: torch.Tensor) -> None:
+    """NaN in every row of the cache [B, Hkv, S, D] that no signature head of its KV head selects."""
+    B, Hkv, S, _ = cache.shape
+    selected = torch.zeros(B, indices.shape[1], S + 1, dtype=torch.bool, device=DEVICE)
+    selected.scatter_(2, torch.where(indices < 0, S, indices).long(), True)
+    cache.masked_fill_(~selected[..., :S].unflatten(1, (Hkv, -1)).any(dim=2)[..., None], float("nan"))
+
+
+def check_sparse(q, k_cache, v_cache, indices, scale=None, **launch):
+    if launch:
+        got = kernels._launch_sparse(q, k_cache, v_cache, indices, scale, num_warps=4, num_stages=2, **launch)
+    else:
+        got = kernels.sparse_attention(q, k_cache, v_cache, indices, scale)
+    expected = reference.sparse_attention_reference(q.float(), k_cache.float(), v_cache.float(), indices, scale)
+    assert_close(got, expected, q.dtype)
+    return got
+
+
+SHAPES = [(1, 64), (3, 96), (7, 128), (16, 64)]  # G, D
+SPARSE = list(itertools.product(DTYPES, ["kv", "query"], SHAPES)) if GPU else [
+    *((torch.float32, "kv", shape) for shape in SHAPES), (torch.float32, "query", (3, 96)), (torch.float16, "kv", (7, 128))]
+
+
+@pytest.mark.parametrize(("dtype", "share", "shape"), SPARSE)
+def test_sparse(dtype, share, shape):
+    (G, D), B, Hkv, S, K = shape, 3, 2, 211, 150
+    Hs = Hkv if share == "kv" else Hkv * G
+    indices = random_indices(B, Hs, K, S)
+    indices[0, 0] = -1
+    indices[1, -1, 1:] = -1
+    indices[2, 0, 20:] = -1  # whole tiles
+    k_cache, v_cache = strided_cache(B, Hkv, S, D, dtype), strided_cache(B, Hkv, S, D, dtype)
+    for cache in (k_cache, v_cache):
+        poison_unselected(cache, indices)
+    check_sparse(normal(B, Hkv * G, 2, D, dtype=dtype)[:, :, 1], k_cache, v_cache, indices)
+
+
+@pytest.mark.parametrize("n_splits", [1, 3, 40])
+def test_sparse_splits(n_splits):
+    """One split, several tiles a split, more splits than tiles; a second run finds the counters as the first did."""
+    q, k_cache, v_cache = normal(2, 6, 64), normal(2, 2, 400, 64), normal(2, 2, 400, 64)
+    indices = random_indices(2, 2, 250, 400)
+    first = check_sparse(q, k_cache, v_cache, indices, 0.3, block_k=32, n_splits=n_splits)
+    second = check_sparse(q, k_cache, v_cache, indices, 0.3, block_k=32, n_splits=n_splits)
+    assert all(map(torch.equal, first, second))
+
+
+def test_sparse_large_scores():
+    """Scores whose exponentials leave float32."""
+    q, k_cache, v_cache = normal(1, 4, 64) * 30, normal(1, 2, 100, 64) * 30, normal(1, 2, 100, 64)
+    check_sparse(q, k_cache, v_cache, random_indices(1, 2, 90, 100))
+
+
+# ----------------------------------------------------------------------------------------------------------- attend: dense
+
+def check_dense(q, k_cache, v_cache, seq_lens, scale=None, **launch):
+    for b, length in enumerate(seq_lens.tolist()):
+        k_cache[b, :, length:] = float("nan")
+        v_cache[b, :, length:] = float("nan")
+    if launch:
+        got = kernels._launch_dense(q, k_cache, v_cache, seq_lens, scale, num_warps=4, num_stages=2, **launch)
+    else:
+        got = kernels.dense_attention(q, k_cache, v_cache, seq_lens, scale)
+    expected = reference.dense_attention_reference(q.float(), k_cache.float(), v_cache.float(), seq_lens, scale)
+    assert_close(got, expected, q.dtype)
+    return got
+
+
+DENSE = list(itertools.product(DTYPES, [1, 5, 40], SHAPES)) if GPU else [
+    *((torch.float32, 1, shape) for shape in SHAPES), (torch.float32, 5, (7, 128)), (torch.float32, 40, (3, 96)),
+    (torch.float32, 40, (1, 64)), (torch.float16, 1, (7, 128)), (torch.float16, 5, (3, 96))]
+
+
+@pytest.mark.parametrize(("dtype", "T", "shape"), DENSE)
+def test_dense(dtype, T, shape):
+    (G, D), B, Hkv, S = shape, 3, 2, 211
+    k_cache, v_cache = strided_cache(B, Hkv, S, D, dtype), strided_cache(B, Hkv, S, D, dtype)
+    check_dense(normal(B, T, Hkv * G, D, dtype=dtype), k_cache, v_cache, lengths(T, 130, S))
+
+
+@pytest.mark.parametrize(("T", "n_splits"), [(1, 1), (1, 4), (1, 30), (11, 1), (11, 3)])
+def test_dense_splits(T, n_splits):
+    q, k_cache, v_cache = normal(2, T, 8, 2, 64)[..., 0, :], normal(2, 2, 300, 64), normal(2, 2, 300, 64)
+    seq_lens = lengths(300, 37)
+    first = check_dense(q, k_cache, v_cache, seq_lens, 0.3, block_m=16, block_n=32, n_splits=n_splits)
+    second = check_dense(q, k_cache, v_cache, seq_lens, 0.3, block_m=16, block_n=32, n_splits=n_splits)
+    assert all(map(torch.equal, first, second))
+
+
+def test_dense_queries_before_the_sequence():
+    """Fewer tokens than queries: the first queries see nothing."""
+    check_dense(normal(2, 5, 4, 64), normal(2, 2, 50, 64), normal(2, 2, 50, 64), lengths(2, 30))
+
+
+# --------------------------------------------------------------------------------------------------- operators and graphs
+
+def decode_step(q, k, v, new_signatures, planes, k_cache, v_cache, signatures, seq_lens):
+    kernels.append_to_cache(k, v, new_signatures, k_cache, v_cache, signatures, seq_lens)
+    indices = kernels.select_tokens(planes, signatures, seq_lens, 48, 4, 8, 48, 0)
+    sparse = kernels.sparse_attention(q, k_cache, v_cache, indices)
+    dense = kernels.dense_attention(q[:, None], k_cache, v_cache, seq_lens)
+    return indices, *sparse, *dense
+
+
+def decode_inputs(B: int = 2, Hkv: int = 2, G: int = 2, S: int = 150, D: int = 64):
+    return (normal(B, Hkv * G, D), normal(B, Hkv, 1, D), normal(B, Hkv, 1, D), random_signatures(B, Hkv, 1, 1),
+            random_planes(HashConfig(), B, Hkv, G), normal(B, Hkv, S, D), normal(B, Hkv, S, D),
+            random_signatures(B, Hkv, S, 1), lengths(*range(S - 11, S - 11 + B)))
+
+
+def test_operators_are_well_formed():
+    q, k, v, new_signatures, planes, k_cache, v_cache, signatures, seq_lens = decode_inputs()
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(kernels._append, (k, v, new_signatures, k_cache, v_cache, signatures, seq_lens), test_utils=checks)
+    torch.library.opcheck(kernels._append, (k, v, None, k_cache, v_cache, None, seq_lens), test_utils=checks)
+    torch.library.opcheck(kernels._select_tokens, (planes, signatures, seq_lens, 48, None, 4, 8, 60, 0), test_utils=checks)
+    indices = kernels.select_tokens(planes, signatures, seq_lens, 48, 4, 8, 60, 0)
+    torch.library.opcheck(kernels._sparse_attention, (q, k_cache, v_cache, indices, 0.125), test_utils=checks)
+    torch.library.opcheck(kernels._dense_attention, (q[:, None], k_cache, v_cache, seq_lens, 0.125), test_utils=checks)
+
+
+def test_compiles_in_one_graph():
+    inputs = decode_inputs()
+    inputs_compiled = [x.clone() for x in inputs]
+    compiled = torch.compile(decode_step, fullgraph=True, backend="inductor" if GPU else "aot_eager")(*inputs_compiled)
+    plain = decode_step(*inputs)
+    assert all(map(torch.equal, compiled, plain))
+    assert all(map(torch.equal, inputs_compiled, inputs))
+
+
+@gpu_only
+def test_graph_replays_at_other_lengths():
+    inputs = decode_inputs(S=700)
+    seq_lens = inputs[-1]
+    decode_step(*inputs)  # compiles, and allocates the counters
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = decode_step(*inputs)
+    for length in (1, 30, 48, 49, 650):
+        seq_lens.fill_(length)
+        graph.replay()
+        replayed = [x.clone() for x in captured]
+        assert all(map(torch.equal, replayed, decode_step(*inputs)))
+
+
+@gpu_only
+def test_offsets_over_32_bits(S: int = 2 ** 24, dtype: torch.dtype = torch.bfloat16):
+    """Rows of the second sequence lie past 2^31 elements of K and V."""
+    D, tail = 128, 200
+    k_cache, v_cache = (torch.zeros(2, 1, S, D, dtype=dtype, device=DEVICE) for _ in range(2))
+    k, v, q = (normal(2, 1, 1, D, dtype=dtype) for _ in range(3))
+    seq_lens = lengths(S, S)
+    kernels.append_to_cache(k, v, None, k_cache, v_cache, None, seq_lens)
+    assert torch.equal(k_cache[:, :, -1:], k) and torch.equal(v_cache[:, :, -1:], v)
+    newest = torch.full((2, 1, 1), S - 1, dtype=torch.int32, device=DEVICE)
+    assert torch.equal(kernels.sparse_attention(q[:, 0], k_cache, v_cache, newest)[0], v[:, 0])
+
+    k_cache[:, :, -tail:] = 8 * normal(2, 1, tail, D, dtype=dtype)  # large scores outweigh the many zeros before
+    v_cache[:, :, -tail:] = normal(2, 1, tail, D, dtype=dtype)
+    last = torch.arange(tail, dtype=torch.int32, device=DEVICE).expand(2, 1, tail)
+    got = kernels.sparse_attention(q[:, 0], k_cache, v_cache, last + (S - tail))
+    out, lse = kernels.dense_attention(q, k_cache, v_cache, seq_lens)
+    ends = (cache[:, :, -tail:].float() for cache in (k_cache, v_cache))
+    tail_out, tail_lse = reference.sparse_attention_reference(q[:, 0].float(), *ends, last)
+    assert_close(got, (tail_out, tail_lse), dtype)
+    # a prefix of zeros weighs exp(0) a row and adds nothing to the output
+    prefix = torch.tensor(float(S - tail), device=DEVICE).log()
+    expected_lse = torch.logaddexp(tail_lse, prefix)
+    torch.testing.assert_close(lse[:, 0], expected_lse, rtol=1e-5, atol=1e-5)
+    assert_close((out[:, 0], expected_lse), (tail_out * torch.exp(tail_lse - expected_lse)[..., None], expected_lse), dtype)
+
+
+@gpu_only
+def test_signature_offsets_over_32_bits(S: int = 2 ** 24):
+    """The last of 33 heads of 128-bit signatures lies past 2^31 words."""
+    signatures = torch.zeros(1, 33, S, 4, dtype=torch.int32, device=DEVICE)
+    signatures[:, -1, -1000:] = random_signatures(1000, 4)
+    planes = random_planes(HashConfig(bits=128), 1, 33, 2)
+    got = kernels.select_tokens(planes, signatures, lengths(S), 500, 1, 1, 500, 1)
+    expected = reference.select_tokens_reference(planes[:, -1:], signatures[:, -1:], lengths(S), 500, 1, 1, 500, 1)
+    assert torch.equal(got[:, -1:], expected.sort(dim=-1).values)

@@ -1,0 +1,130 @@
+"""The model against Hugging Face transformers, and decode steps against prefill."""
+import pytest
+import torch
+
+from checkpoint import load_model
+from generate import Decoder, Sampling, decode, prefill
+from hash_attention import HashConfig, random_encoders
+from model import SparseSettings
+
+transformers = pytest.importorskip("transformers")
+
+SHAPE = dict(hidden_size=96, intermediate_size=128, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+             vocab_size=120, max_position_embeddings=256, initializer_range=0.1)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32,
+              rope_theta=10000.0)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=10000.0)
+LINEAR = dict(rope_type="linear", factor=2.0, rope_theta=10000.0)
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SHAPE),
+    "llama-tied": lambda: transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "llama-llama3": lambda: transformers.LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
+    "llama-yarn": lambda: transformers.LlamaConfig(**SHAPE, rope_parameters=YARN),
+    "llama-linear": lambda: transformers.LlamaConfig(**SHAPE, rope_parameters=LINEAR),
+    "mistral": lambda: transformers.MistralConfig(**SHAPE, head_dim=32, sliding_window=None),
+    "qwen2": lambda: transformers.Qwen2Config(**SHAPE),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def pair(request, tmp_path):
+    """A tiny random model of transformers and ours, loaded from what it saved."""
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param]()).float().eval()
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    theirs.save_pretrained(tmp_path)
+    return theirs, load_model(tmp_path, "cpu", torch.float32).eval()
+
+
+@torch.inference_mode()
+def test_logits_equal_transformers(pair):
+    theirs, ours = pair
+    ids = torch.randint(0, 120, (150,))
+    expected = theirs(ids[None]).logits[0]
+    ours.setup_caches(2, 160)
+    assert (ours.prefill(ids[:70], row=1) - expected[69]).abs().max() < 1e-4
+    assert (ours.prefill(ids[70:100], row=1, start=70) - expected[99]).abs().max() < 1e-4
+    ours.prefill(ids[:90], row=0)
+    for step in range(20):  # two sequences of different lengths in one decode step
+        tokens = torch.stack([ids[90 + step], ids[100 + step]])[:, None]
+        logits = ours(tokens, torch.tensor([91 + step, 101 + step], dtype=torch.int32))[:, 0]
+        assert (logits[0] - expected[90 + step]).abs().max() < 1e-4
+        assert (logits[1] - expected[100 + step]).abs().max() < 1e-4
+
+
+@torch.inference_mode()
+def test_several_tokens_in_one_step_equal_transformers(pair):
+    theirs, ours = pair
+    ids = torch.randint(0, 120, (40,))
+    ours.setup_caches(1, 64)
+    ours.prefill(ids[:30])
+    logits = ours(ids[None, 30:], torch.tensor([40], dtype=torch.int32))[0]
+    assert (logits - theirs(ids[None]).logits[0, 30:]).abs().max() < 1e-4
+
+
+def greedy(model, ids, count, encoders=None, sparse=None):
+    model.setup_caches(1, len(ids) + count, encoders, sparse)
+    decoder = Decoder(model, 1, Sampling(temperature=0), compiled=False)
+    with torch.inference_mode():
+        first = prefill(model, ids, 1).argmax()[None]
+        return [row[0] for row in decode(decoder, first, len(ids), count)]
+
+
+def test_greedy_tokens_equal_transformers(pair):
+    theirs, ours = pair
+    ids = torch.randint(0, 120, (40,))
+    theirs.generation_config.eos_token_id = None
+    expected = theirs.generate(ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=64, do_sample=False)
+    assert greedy(ours, ids, 64) == expected[0, 40:].tolist()
+
+
+@pytest.mark.parametrize("share", ["kv", "query"])
+def test_a_budget_of_the_whole_cache_gives_dense_tokens(pair, share):
+    ids = torch.randint(0, 120, (40,))
+    ours = pair[1]
+    encoders = random_encoders(HashConfig(share=share), ours.fingerprint())
+    assert greedy(ours, ids, 48, encoders, SparseSettings(88, sink=4, recent=8)) == greedy(ours, ids, 48)
+
+
+def test_a_small_budget_reads_less_and_changes_logits(pair):
+    ours = pair[1]
+    ids = torch.randint(0, 120, (120,))
+    encoders = random_encoders(HashConfig(), ours.fingerprint())
+    lengths = torch.tensor([121], dtype=torch.int32)
+    with torch.inference_mode():
+        ours.setup_caches(1, 128, encoders, SparseSettings(32, sink=4, recent=8))
+        ours.prefill(ids)
+        sparse = ours(torch.tensor([[5]]), lengths)
+        ours.set_sparse(None)
+        dense = ours(torch.tensor([[5]]), lengths)
+        ours.set_sparse(SparseSettings(32, sink=4, recent=8, dense_layers=0))
+        again = ours(torch.tensor([[5]]), lengths)
+    assert torch.equal(sparse, again)
+    assert not torch.allclose(sparse, dense)
+
+
+@pytest.mark.parametrize("pair", ["qwen2"], indirect=True)
+@pytest.mark.parametrize("attention", ["dense", "hash"])
+def test_one_compilation_serves_every_layer_length_and_prompt(pair, attention):
+    """No graph break (fullgraph) and no recompilation over 200 steps and two prompts of different lengths."""
+    ours = pair[1]
+    hashed = ()
+    if attention == "hash":
+        hashed = (random_encoders(HashConfig(), ours.fingerprint()), SparseSettings(32, sink=4, recent=8))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    ours.setup_caches(1, 256, *hashed)
+    decoder = Decoder(ours, 1, Sampling(temperature=0), compiled=True)
+    decoder.prepare()
+    assert counters["stats"]["unique_graphs"] == 3  # the stem, one block for all layers, the head
+    prompts = [(torch.randint(0, 120, (40,)), 201), (torch.randint(0, 120, (11,)), 30)]
+    tokens = []
+    for ids, count in prompts:
+        first = prefill(ours, ids, 1).argmax()[None]
+        tokens.append([row[0] for row in decode(decoder, first, len(ids), count)])
+    assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
+    assert tokens == [greedy(ours, ids, count, *hashed) for ids, count in prompts]
