@@ -303,34 +303,48 @@ def _softmax_attend(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return weights @ v / total.clamp(min=1e-30), (largest + total.log()).squeeze(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------- append
+# ------------------------------------------------------------------------------------------------- before attention
 
-def append_to_cache_reference(k: Tensor, v: Tensor, new_signatures: Tensor | None, k_cache: Tensor, v_cache: Tensor,
-                              signatures: Tensor | None, seq_lens: Tensor) -> None:
-    """Write the newest T rows of each sequence in place, at seq_lens - T .. seq_lens.
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of each head (Hugging Face's layout). x [B, T, H, D], cos and sin float32 [B, T, D / 2]."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
-    k, v [B, Hkv, T, D] into k_cache, v_cache [B, Hkv, S, D]; new_signatures int32 [B, Hs, T, W] into signatures
-    [B, Hs, S, W] (both None where no signatures are kept); seq_lens int32 [B], the T tokens included.
+
+def rope_encode_append_reference(qkv: Tensor, cos: Tensor, sin: Tensor, encoder: HashEncoder | None, k_cache: Tensor,
+                                 v_cache: Tensor, signatures: Tensor | None, seq_lens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a decode step does before it attends: RoPE, signatures, and the newest T rows of each sequence into the cache.
+
+    qkv [B, T, (Hq + 2 Hkv) D] (all query heads, then keys, then values), cos and sin float32 [B, T, D / 2], k_cache and
+    v_cache [B, Hkv, S, D], signatures int32 [B, Hs, S, W] (None without an encoder), seq_lens int32 [B], the T tokens
+    included. Rows seq_lens - T .. seq_lens are written in place.
+    -> q after RoPE [B, T, Hq, D], planes int32 [B, Hs, 1 + P, W] of the query (None without an encoder; T must be 1 with one).
     """
-    B, _, T, _ = k.shape
-    batch = torch.arange(B, device=k.device)[:, None]
-    row = seq_lens[:, None] - T + torch.arange(T, device=k.device)  # [B, T]
-    k_cache[batch, :, row] = k.transpose(1, 2)
-    v_cache[batch, :, row] = v.transpose(1, 2)
-    if signatures is not None:
-        signatures[batch, :, row] = new_signatures.transpose(1, 2)
+    B, T, _ = qkv.shape
+    Hkv, D = k_cache.shape[1], k_cache.shape[3]
+    heads = qkv.unflatten(-1, (-1, D))  # [B, T, Hq + 2 Hkv, D]
+    q, k, v = heads.split((heads.shape[2] - 2 * Hkv, Hkv, Hkv), dim=2)
+    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    batch = torch.arange(B, device=qkv.device)[:, None]
+    row = seq_lens[:, None] - T + torch.arange(T, device=qkv.device)  # [B, T]
+    k_cache[batch, :, row] = k
+    v_cache[batch, :, row] = v
+    if encoder is None:
+        return q, None
+    signatures[batch, :, row] = encoder.encode_keys(k.transpose(1, 2)).transpose(1, 2)
+    return q, encoder.encode_queries(q[:, 0])
 
 
 # -------------------------------------------------------------------------------------------------------------- dispatch
 
-def append_to_cache(k: Tensor, v: Tensor, new_signatures: Tensor | None, k_cache: Tensor, v_cache: Tensor,
-                    signatures: Tensor | None, seq_lens: Tensor) -> None:
-    """`append_to_cache_reference`, by the Triton kernel where the tensors are on a GPU."""
-    if k.is_cuda:
+def rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, encoder: HashEncoder | None, k_cache: Tensor, v_cache: Tensor,
+                       signatures: Tensor | None, seq_lens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`rope_encode_append_reference`, by one Triton kernel where the tensors are on a GPU and the encoder is linear."""
+    if qkv.is_cuda and (encoder is None or encoder.config.depth == 1):
         import hash_kernels
-        hash_kernels.append_to_cache(k, v, new_signatures, k_cache, v_cache, signatures, seq_lens)
-    else:
-        append_to_cache_reference(k, v, new_signatures, k_cache, v_cache, signatures, seq_lens)
+        return hash_kernels.rope_encode_append(qkv, cos, sin, encoder, k_cache, v_cache, signatures, seq_lens)
+    return rope_encode_append_reference(qkv, cos, sin, encoder, k_cache, v_cache, signatures, seq_lens)
 
 
 def select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int | Tensor, sink: int, recent: int,

@@ -1,23 +1,24 @@
 """Triton kernels of hash attention. hash_attention.py holds the definitions (`*_reference`) and the symbols used here.
 
-append_to_cache      the newest rows of K, V and signatures                                 one kernel
-select_tokens        score -> bins and histograms per block -> threshold -> compaction      two kernels
-sparse_attention     split-K flash decoding over gathered cache rows                        one kernel
-dense_attention      split-K flash attention over the whole prefix                          one kernel
+rope_encode_append   a step's queries, keys and values: rotate, encode, write to the cache   one kernel
+select_tokens        score -> bins and histograms per block -> threshold -> compaction       two kernels
+sparse_attention     split-K flash decoding over gathered cache rows, combine                two kernels
+dense_attention      split-K flash attention over the whole prefix, combine                  one or two kernels
 
 Each is a torch.library custom op: torch.compile(fullgraph=True) keeps it whole, and a CUDA graph can capture it, for nothing
 here waits for the device: shapes are static and lengths are read on the device. With TRITON_INTERPRET=1 set before
 triton is imported, the same functions run on CPU tensors.
-"""
-import functools
 
+The kernels of a step are short, so the time between them counts: on Hopper and later each is launched while the one before
+still runs (programmatic dependent launch) and waits for its results with `_after_previous`.
+"""
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from hash_attention import NUM_BINS
+from hash_attention import NUM_BINS, HashEncoder
 
 # ------------------------------------------------------------------------------------------------------ launch parameters
 
@@ -51,60 +52,157 @@ def _dense_parameters(rows: int, M: int, S: int, element_size: int) -> dict[str,
             "num_warps": 8 if block_m == 128 else 4, "num_stages": 3 if wide else 2}
 
 
-# ----------------------------------------------------------------------------------------------------------------- append
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_DEPENDENT_LAUNCH = not triton.knobs.runtime.interpret and torch.cuda.get_device_capability() >= (9, 0)
+_WAITS = tl.constexpr(_DEPENDENT_LAUNCH)
+
 
 @triton.jit
-def _append_kernel(k, v, new_signatures, k_cache, v_cache, signatures, seq_lens,
-                   k_b, k_h, k_t, v_b, v_h, v_t, x_b, x_h, x_t, kc_b, kc_h, kc_s, vc_b, vc_h, vc_s, xc_b, xc_h, xc_s,
-                   HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, SIGNED: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
-    position = tl.load(seq_lens + batch) - tl.num_programs(0) + t
-    column = tl.arange(0, BLOCK_D)
-    mask = (column < D) & (head < HKV) & (position >= 0)
-    new_k = tl.load(k + batch * k_b + head * k_h + t * k_t + column, mask=mask)
-    new_v = tl.load(v + batch * v_b + head * v_h + t * v_t + column, mask=mask)
-    tl.store(k_cache + batch * kc_b + head * kc_h + position * kc_s + column, new_k, mask=mask)
-    tl.store(v_cache + batch * vc_b + head * vc_h + position * vc_s + column, new_v, mask=mask)
-    if SIGNED:
-        word = tl.arange(0, W)
-        bits = tl.load(new_signatures + batch * x_b + head * x_h + t * x_t + word)
-        tl.store(signatures + batch * xc_b + head * xc_h + position * xc_s + word, bits, mask=(word < W) & (position >= 0))
+def _after_previous():
+    """Wait until the kernel before this one has finished, then let the next one be launched. Before any load or store."""
+    if _WAITS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
-def append_to_cache(k: Tensor, v: Tensor, new_signatures: Tensor | None, k_cache: Tensor, v_cache: Tensor,
-                    signatures: Tensor | None, seq_lens: Tensor) -> None:
-    """`hash_attention.append_to_cache_reference`: write the newest T rows of each sequence in place.
+# ----------------------------------------------------------------------------------------------------------------- encode
 
-    k, v [B, Hkv, T, D] into k_cache, v_cache [B, Hkv, S, D]; new_signatures int32 [B, Hs, T, W] into signatures
-    [B, Hs, S, W] (or both None); seq_lens int32 [B], the T tokens included. Rows before a sequence's start are left out.
+@triton.jit
+def _rotated(x, cos, sin, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """The rotated halves of one head at x [D], rounded to its dtype."""
+    column = tl.arange(0, BLOCK)
+    first = tl.load(x + column, mask=column < HALF, other=0.0)
+    second = tl.load(x + HALF + column, mask=column < HALF, other=0.0)
+    dtype = first.dtype
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
+
+
+@triton.jit
+def _store_halves(x, first, second, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    tl.store(x + column, first, mask=column < HALF)
+    tl.store(x + HALF + column, second, mask=column < HALF)
+
+
+@triton.jit
+def _code(first, second, weight, bias, HALF: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr):
+    """x @ weight + bias for the halves of x, weight [D, BITS] and bias [BITS] -> float32 [BITS]."""
+    row = tl.arange(0, BLOCK)[:, None]
+    bit = tl.arange(0, BITS)
+    low = tl.load(weight + row * BITS + bit[None, :], mask=row < HALF, other=0.0)
+    high = tl.load(weight + (HALF + row) * BITS + bit[None, :], mask=row < HALF, other=0.0)
+    products = first.to(tl.float32)[:, None] * low + second.to(tl.float32)[:, None] * high
+    return tl.sum(products, axis=0) + tl.load(bias + bit)
+
+
+@triton.jit
+def _pack(bits, WORDS: tl.constexpr):
+    """Booleans [32 * WORDS] -> int32 [WORDS], little-endian."""
+    words = tl.reshape(bits.to(tl.int32), [WORDS, 32])
+    return tl.sum(words << tl.arange(0, 32)[None, :], axis=1)
+
+
+@triton.jit
+def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight, query_bias, seq_lens, q_out, planes,
+                               k_cache, v_cache, signatures, T, k_b, k_h, k_s, v_b, v_h, v_s, x_b, x_h, x_s,
+                               HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+                               WORDS: tl.constexpr, P: tl.constexpr, SIGNS: tl.constexpr, ENCODE: tl.constexpr):
+    """One signature head (or KV head without signatures) of one new token: its G queries, and its key and value.
+
+    qkv [B, T, Hq + 2 Hkv, D], cos and sin [B, T, D / 2]. SIGNS: query_bits is 1.
     """
-    _append(k, v, new_signatures, k_cache, v_cache, signatures, seq_lens)
+    head = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(2)
+    G: tl.constexpr = HQ // HEADS
+    HALF: tl.constexpr = D // 2
+    BITS: tl.constexpr = 32 * WORDS
+    kv_head = head // (HEADS // HKV)
+    column = tl.arange(0, BLOCK)
+    token = batch * T + t
+    _after_previous()
+    position = tl.load(seq_lens + batch) - T + t
+    qkv += token * ((HQ + 2 * HKV) * D)
+    angle_cos = tl.load(cos + token * HALF + column, mask=column < HALF, other=0.0)
+    angle_sin = tl.load(sin + token * HALF + column, mask=column < HALF, other=0.0)
+
+    first, second = _rotated(qkv + (HQ + kv_head) * D, angle_cos, angle_sin, HALF, BLOCK)
+    if head % (HEADS // HKV) == 0:
+        _store_halves(k_cache + batch * k_b + kv_head * k_h + position * k_s, first, second, HALF, BLOCK)
+        value = tl.arange(0, 2 * BLOCK)
+        v = tl.load(qkv + (HQ + HKV + kv_head) * D + value, mask=value < D)
+        tl.store(v_cache + batch * v_b + kv_head * v_h + position * v_s + value, v, mask=value < D)
+    if ENCODE:
+        word = tl.arange(0, WORDS)
+        code = _code(first, second, key_weight + head * (D * BITS), key_bias + head * BITS, HALF, BLOCK, BITS)
+        tl.store(signatures + batch * x_b + head * x_h + position * x_s + word, _pack(code > 0, WORDS))
+    codes = tl.zeros([BITS], tl.float32)
+    for g in tl.static_range(G):
+        query = head * G + g
+        first, second = _rotated(qkv + query * D, angle_cos, angle_sin, HALF, BLOCK)
+        _store_halves(q_out + (token * HQ + query) * D, first, second, HALF, BLOCK)
+        if ENCODE:
+            code = _code(first, second, query_weight + query * (D * BITS), query_bias + query * BITS, HALF, BLOCK, BITS)
+            codes += tl.where(code > 0, 1.0, -1.0) if SIGNS else code
+    if ENCODE:
+        if not SIGNS:
+            largest = tl.max(tl.abs(codes), axis=0)
+            limit = (1 << P) - 1
+            codes = tl.where(largest > 0, codes / largest, 0.0) * (limit + 0.5)
+            # adding 1.5 * 2^23 rounds to the nearest integer, halves to even, as torch.round does
+            codes = tl.minimum(tl.maximum((codes + 12582912.0) - 12582912.0, -limit), limit)
+        magnitude = tl.abs(codes).to(tl.int32)
+        planes += (batch * HEADS + head) * ((1 + P) * WORDS)
+        tl.store(planes + word, _pack(codes > 0, WORDS))
+        for p in tl.static_range(P):
+            tl.store(planes + (1 + p) * WORDS + word, _pack(((magnitude >> p) & 1) > 0, WORDS))
 
 
-@torch.library.custom_op("hashfast::append_to_cache", mutates_args=("k_cache", "v_cache", "signatures"))
-def _append(k: Tensor, v: Tensor, new_signatures: Tensor | None, k_cache: Tensor, v_cache: Tensor,
-            signatures: Tensor | None, seq_lens: Tensor) -> None:
-    B, HKV, T, D = k.shape
-    signed = signatures is not None
-    if not signed:  # a kernel needs pointers even for what it never touches
-        new_signatures, signatures = k, k_cache
-    _append_kernel[(T, max(HKV, signatures.shape[1]), B)](
-        *map(_rows, (k, v, new_signatures, k_cache, v_cache, signatures)), seq_lens,
-        *(stride for x in (k, v, new_signatures, k_cache, v_cache, signatures) for stride in x.stride()[:3]),
-        HKV=HKV, D=D, BLOCK_D=triton.next_power_of_2(D), W=signatures.shape[3] if signed else 1, SIGNED=signed, num_warps=1)
+def rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, encoder: HashEncoder | None, k_cache: Tensor, v_cache: Tensor,
+                       signatures: Tensor | None, seq_lens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`hash_attention.rope_encode_append_reference`, for linear encoders.
+
+    qkv [B, T, (Hq + 2 Hkv) D] -> q [B, T, Hq, D] and, with an encoder, planes int32 [B, Hs, 1 + P, W] (T = 1 then).
+    """
+    if encoder is None:
+        return _rope_encode_append(qkv, cos, sin, None, None, None, None, k_cache, v_cache, None, seq_lens, 0, 0)[0], None
+    (key,), (query,) = encoder.key, encoder.query
+    return _rope_encode_append(qkv, cos, sin, key.weight, key.bias, query.weight, query.bias, k_cache, v_cache, signatures,
+                               seq_lens, encoder.config.query_bits, encoder.config.planes(encoder.group))
 
 
-@_append.register_fake
-def _(k, v, new_signatures, k_cache, v_cache, signatures, seq_lens):
-    return None
+@torch.library.custom_op("hashfast::rope_encode_append", mutates_args=("k_cache", "v_cache", "signatures"))
+def _rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, key_weight: Tensor | None, key_bias: Tensor | None,
+                        query_weight: Tensor | None, query_bias: Tensor | None, k_cache: Tensor, v_cache: Tensor,
+                        signatures: Tensor | None, seq_lens: Tensor, query_bits: int, P: int) -> tuple[Tensor, Tensor]:
+    B, T, width = qkv.shape
+    HKV, D = k_cache.shape[1], k_cache.shape[3]
+    HQ = width // D - 2 * HKV
+    encode = signatures is not None
+    HEADS, WORDS = (signatures.shape[1], signatures.shape[3]) if encode else (HKV, 1)
+    q = torch.empty((B, T, HQ, D), dtype=qkv.dtype, device=qkv.device)
+    planes = torch.empty((B, HEADS, 1 + P, WORDS), dtype=torch.int32, device=qkv.device)
+    _rope_encode_append_kernel[(HEADS, B, T)](
+        qkv.contiguous(), cos.contiguous(), sin.contiguous(), key_weight, key_bias, query_weight, query_bias, seq_lens,
+        q, planes,
+        _rows(k_cache), _rows(v_cache), signatures, T, *k_cache.stride()[:3], *v_cache.stride()[:3],
+        *(signatures.stride()[:3] if encode else (0, 0, 0)),
+        HQ=HQ, HKV=HKV, HEADS=HEADS, D=D, BLOCK=triton.next_power_of_2(D // 2), WORDS=WORDS, P=P, SIGNS=query_bits == 1,
+        ENCODE=encode, num_warps=4, launch_pdl=_DEPENDENT_LAUNCH)
+    return q, planes
+
+
+@_rope_encode_append.register_fake
+def _(qkv, cos, sin, key_weight, key_bias, query_weight, query_bias, k_cache, v_cache, signatures, seq_lens, query_bits, P):
+    B, T, width = qkv.shape
+    heads, words = (signatures.shape[1], signatures.shape[3]) if signatures is not None else (k_cache.shape[1], 1)
+    D = k_cache.shape[3]
+    return (qkv.new_empty((B, T, width // D - 2 * k_cache.shape[1], D)),
+            seq_lens.new_empty((B, heads, 1 + P, words)))
 
 
 # ----------------------------------------------------------------------------------------------------------------- select
-
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
 
 @triton.jit
 def _popcount(x):
@@ -139,12 +237,13 @@ def _plan(row, block, n_blocks, seq_lens, budget, budgets, K, sink, recent,
 
 
 @triton.jit
-def _score_kernel(planes, signatures, seq_lens, budgets, bins, histograms, budget, K, sink, recent, S, x_b, x_h, x_s, bins_row,
+def _score_kernel(planes, signatures, seq_lens, bins, histograms, budgets, budget, K, sink, recent, S, x_b, x_h, x_s, bins_row,
                   HEADS: tl.constexpr, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr,
                   PER_HEAD: tl.constexpr, CHUNK: tl.constexpr):
     """The bin of every competing token, and each block's histogram of them."""
     block, n_blocks = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
+    _after_previous()
     _, low, high, _, start, stop = _plan(row, block, n_blocks, seq_lens, budget, budgets, K, sink, recent,
                                          HEADS, PER_HEAD, CHUNK)
     signatures += (row // HEADS) * x_b + (row % HEADS) * x_h
@@ -174,12 +273,13 @@ def _score_kernel(planes, signatures, seq_lens, budgets, bins, histograms, budge
 
 
 @triton.jit
-def _compact_kernel(seq_lens, budgets, bins, histograms, indices, budget, K, sink, recent, bins_row,
+def _compact_kernel(seq_lens, bins, histograms, indices, budgets, budget, K, sink, recent, bins_row,
                     HEADS: tl.constexpr, BINS: tl.constexpr, PER_HEAD: tl.constexpr, CHUNK: tl.constexpr,
                     STEP: tl.constexpr, HISTOGRAMS: tl.constexpr):
     """The selected positions in ascending order: every block knows from the histograms where its own begin."""
     block, n_blocks = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
+    _after_previous()
     length, low, high, filled, start, stop = _plan(row, block, n_blocks, seq_lens, budget, budgets, K, sink, recent,
                                                    HEADS, PER_HEAD, CHUNK)
     bins += row * bins_row
@@ -240,9 +340,8 @@ def select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: 
 @torch.library.custom_op("hashfast::select_tokens", mutates_args=())
 def _select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int, budgets: Tensor | None, sink: int,
                    recent: int, K: int, shift: int) -> Tensor:
-    rows = signatures.shape[0] * signatures.shape[1]
     return _launch_select(planes, signatures, seq_lens, budget, budgets, sink, recent, K, shift,
-                          **_select_parameters(rows, signatures.shape[2]))
+                          **_select_parameters(signatures.shape[0] * signatures.shape[1], signatures.shape[2]))
 
 
 @_select_tokens.register_fake
@@ -253,23 +352,35 @@ def _(planes, signatures, seq_lens, budget, budgets, sink, recent, K, shift):
 def _launch_select(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int, budgets: Tensor | None, sink: int,
                    recent: int, K: int, shift: int, *, chunk: int, step: int, n_blocks: int, score_warps: int,
                    compact_warps: int) -> Tensor:
+    limits = (budgets, budget, K, sink, recent)
+    scored = _launch_score(planes, signatures, seq_lens, limits, shift, chunk, n_blocks, score_warps)
+    return _launch_compact(*scored, seq_lens, limits, signatures.shape[1], chunk, step, compact_warps)
+
+
+def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: tuple, shift: int, chunk: int, n_blocks: int,
+                  num_warps: int) -> tuple[Tensor, Tensor]:
+    """-> bins uint8 [B * Hs, S rounded up] and histograms int32 [B * Hs, n_blocks, 64]. limits: (budgets, budget, K, ...)."""
     B, HEADS, S, W = signatures.shape
-    rows = B * HEADS
-    planes = planes.contiguous()
     bins_row = triton.cdiv(S, chunk) * chunk  # whole chunks, so that no access to the bins needs a mask
-    bins = torch.empty((rows, bins_row), dtype=torch.uint8, device=planes.device)
-    histograms = torch.empty((rows, n_blocks, NUM_BINS), dtype=torch.int32, device=planes.device)
-    indices = torch.empty((B, HEADS, K), dtype=torch.int32, device=planes.device)
-    per_head = budgets is not None
-    budgets = budgets if per_head else seq_lens
-    _score_kernel[(n_blocks, rows)](
-        planes, _rows(signatures), seq_lens, budgets, bins, histograms, budget, K, sink, recent,
-        S, *signatures.stride()[:3], bins_row, HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=shift, BINS=NUM_BINS,
-        PER_HEAD=per_head, CHUNK=chunk, num_warps=score_warps)
+    bins = torch.empty((B * HEADS, bins_row), dtype=torch.uint8, device=planes.device)
+    histograms = torch.empty((B * HEADS, n_blocks, NUM_BINS), dtype=torch.int32, device=planes.device)
+    _score_kernel[(n_blocks, B * HEADS)](
+        planes.contiguous(), _rows(signatures), seq_lens, bins, histograms, *limits, S, *signatures.stride()[:3], bins_row,
+        HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=shift, BINS=NUM_BINS, PER_HEAD=limits[0] is not None, CHUNK=chunk,
+        num_warps=num_warps, launch_pdl=_DEPENDENT_LAUNCH)
+    return bins, histograms
+
+
+def _launch_compact(bins: Tensor, histograms: Tensor, seq_lens: Tensor, limits: tuple, heads: int, chunk: int, step: int,
+                    num_warps: int) -> Tensor:
+    """What `_launch_score` gave, with the same limits and chunk -> indices int32 [B, Hs, K]."""
+    rows, n_blocks, _ = histograms.shape
+    K = limits[2]
+    indices = torch.empty((rows // heads, heads, K), dtype=torch.int32, device=bins.device)
     _compact_kernel[(n_blocks, rows)](
-        seq_lens, budgets, bins, histograms, indices, budget, K, sink, recent, bins_row, HEADS=HEADS, BINS=NUM_BINS,
-        PER_HEAD=per_head, CHUNK=chunk, STEP=step, HISTOGRAMS=min(64, triton.next_power_of_2(n_blocks)),
-        num_warps=compact_warps)
+        seq_lens, bins, histograms, indices, *limits, bins.shape[1], HEADS=heads, BINS=NUM_BINS,
+        PER_HEAD=limits[0] is not None, CHUNK=chunk, STEP=step, HISTOGRAMS=min(64, triton.next_power_of_2(n_blocks)),
+        num_warps=num_warps, launch_pdl=_DEPENDENT_LAUNCH)
     return indices
 
 
@@ -292,81 +403,62 @@ def _attend(q, k, v, visible, top, total, acc, scale_log2, PRECISION: tl.constex
 
 @triton.jit
 def _finish(top, total, acc):
-    """Normalised output and base-2 log-sum-exp; a query that saw nothing gets 0 and -inf."""
+    """Normalised output and log-sum-exp; a query that saw nothing gets 0 and -inf."""
     safe = tl.where(total > 0, total, 1.0)
-    return acc / safe[:, None], top + tl.log2(safe)
-
-
-@triton.jit
-def _is_last(counter, n_splits):
-    """Whether this split is the last of its row to arrive. The counter is left at 0 for the next launch."""
-    tl.debug_barrier()  # all threads have stored their share before one of them counts this split in
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == n_splits - 1
-    if last:
-        tl.store(counter, 0)
-    return last
-
-
-@triton.jit
-def _combine(partial, partial_lse, n_splits, used, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
-    """Merge the `used` first rows of partial [n_splits, ROWS, BLOCK_D] and partial_lse [n_splits, ROWS], SPLITS at a time."""
-    row = tl.arange(0, ROWS)[None, :]
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for first in range(0, n_splits, SPLITS):
-        split = (first + tl.arange(0, SPLITS))[:, None]
-        at = split * ROWS + row  # [SPLITS, ROWS]
-        mask = (split < n_splits) & (row < used)
-        # .cg: these were written by other multiprocessors, so the first-level cache is passed by
-        lse = tl.load(partial_lse + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
-        out = tl.load(partial + at[:, :, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, None, :],
-                      mask=mask[:, :, None], other=0.0, cache_modifier=".cg")
-        new_top = tl.maximum(top, tl.max(lse, axis=0))
-        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
-        keep = tl.exp2(top - pivot)
-        weights = tl.exp2(lse - pivot[None, :])
-        total = total * keep + tl.sum(weights, axis=0)
-        acc = acc * keep[:, None] + tl.sum(weights[:, :, None] * out, axis=0)
-        top = new_top
-    return _finish(top, total, acc)
+    return acc / safe[:, None], (top + tl.log2(safe)) * 0.6931471805599453  # ln 2
 
 
 @triton.jit
 def _store_rows(out, lse, row, valid, value, value_lse, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write value [R, BLOCK_D] and value_lse [R] (base 2) to rows `row` of out [*, D] and lse [*] where valid."""
+    """Write value [M, BLOCK_D] and value_lse [M] to rows `row` of out [*, D] and lse [*] where valid."""
     column = tl.arange(0, BLOCK_D)[None, :]
     tl.store(out + row[:, None] * D + column, value.to(out.dtype.element_ty), mask=valid[:, None] & (column < D))
-    tl.store(lse + row, value_lse * 0.6931471805599453, mask=valid)  # ln 2
+    tl.store(lse + row, value_lse, mask=valid)
 
 
 @triton.jit
-def _store_partial(partial, partial_lse, valid, value, value_lse, M: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write value [M, BLOCK_D] and value_lse [M] to a split's scratch [ROWS, BLOCK_D] and [ROWS] where valid."""
-    row = tl.arange(0, M)
-    valid &= row < ROWS
-    tl.store(partial + row[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :], value, mask=valid[:, None])
-    tl.store(partial_lse + row, value_lse, mask=valid)
+def _combine_kernel(partial, partial_lse, out, lse, n_splits, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
+    """One row of out [*, D] and lse [*] from its splits: partial [*, n_splits, D] and partial_lse [*, n_splits]."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    _after_previous()
+    top = float("-inf")
+    total = 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, n_splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        at = row * n_splits + split
+        part_lse = tl.load(partial_lse + at, mask=split < n_splits, other=float("-inf")) * 1.4426950408889634  # base 2
+        part = tl.load(partial + at[:, None] * D + column[None, :], mask=(split < n_splits)[:, None] & (column < D)[None, :],
+                       other=0.0)
+        new_top = tl.maximum(top, tl.max(part_lse, axis=0))
+        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
+        keep = tl.exp2(top - pivot)
+        weights = tl.exp2(part_lse - pivot)
+        total = total * keep + tl.sum(weights, axis=0)
+        acc = acc * keep + tl.sum(weights[:, None] * part, axis=0)
+        top = new_top
+    safe = tl.where(total > 0, total, 1.0)
+    tl.store(out + row * D + column, (acc / safe).to(out.dtype.element_ty), mask=column < D)
+    tl.store(lse + row, (top + tl.log2(safe)) * 0.6931471805599453)  # ln 2
 
 
-@functools.cache
-def _counters(device: torch.device, size: int) -> Tensor:
-    """Arrival counters of the splits, int32 zeros [size]. Kept for good: CUDA graphs hold their address.
-
-    Kernels of one device share them, so two streams must not run split attention at the same time.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("run attention once at this batch size before capturing it in a CUDA graph")
-    return torch.zeros(size, dtype=torch.int32, device=device)
-
-
-def _scratch(rows: int, n_splits: int, tile: int, D: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """partial float32 [rows, n_splits, tile, D], partial_lse float32 [rows, n_splits, tile], counters int32 [>= rows]."""
+def _partial(out: Tensor, lse: Tensor, n_splits: int) -> tuple[Tensor, Tensor]:
+    """Where the splits of out [..., D] and lse [...] go: float32 [..., n_splits, D] and [..., n_splits]; one split: there."""
     if n_splits == 1:
-        rows = 0
-    partial = torch.empty((rows, n_splits, tile, D), dtype=torch.float32, device=device)
-    partial_lse = torch.empty((rows, n_splits, tile), dtype=torch.float32, device=device)
-    return partial, partial_lse, _counters(device, max(1 << 16, triton.next_power_of_2(rows)))
+        return out, lse
+    return (torch.empty((*lse.shape, n_splits, out.shape[-1]), dtype=torch.float32, device=out.device),
+            torch.empty((*lse.shape, n_splits), dtype=torch.float32, device=out.device))
+
+
+def _combine(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, n_splits: int) -> None:
+    """Merge what `_partial` gave, once filled, into out [..., D] and lse [...]."""
+    if n_splits == 1:
+        return
+    rows, D, BLOCK_D = lse.numel(), out.shape[-1], triton.next_power_of_2(out.shape[-1])
+    splits = min(triton.next_power_of_2(n_splits), 4096 // BLOCK_D)
+    _combine_kernel[(rows,)](partial, partial_lse, out, lse, n_splits, D=D, BLOCK_D=BLOCK_D, SPLITS=splits, num_warps=4,
+                             launch_pdl=_DEPENDENT_LAUNCH)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -378,11 +470,10 @@ def _rows(x: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- attend: sparse
 
 @triton.jit
-def _sparse_attention_kernel(q, k_cache, v_cache, indices, out, lse, partial, partial_lse, counters, scale_log2, K, n_splits,
+def _sparse_attention_kernel(q, k_cache, v_cache, indices, partial, partial_lse, scale_log2, K, n_splits,
                              tiles_per_split, q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s,
                              HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                             BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-                             SPLITS: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr):
+                             BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // HEADS, row % HEADS
@@ -391,12 +482,13 @@ def _sparse_attention_kernel(q, k_cache, v_cache, indices, out, lse, partial, pa
     indices += row * K
     k_cache += batch * k_b + (head // HEADS_PER_KV) * k_h
     v_cache += batch * v_b + (head // HEADS_PER_KV) * v_h
-    queries = tl.load(q + batch * q_b + (head * G + member)[:, None] * q_h + column,
-                      mask=(member < G)[:, None] & (column < D), other=0.0)
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     first_tile = split * tiles_per_split
+    _after_previous()
+    queries = tl.load(q + batch * q_b + (head * G + member)[:, None] * q_h + column,
+                      mask=(member < G)[:, None] & (column < D), other=0.0)
     for tile in range(first_tile, tl.minimum(first_tile + tiles_per_split, tl.cdiv(K, BLOCK_K))):
         slot = tile * BLOCK_K + tl.arange(0, BLOCK_K)
         position = tl.load(indices + slot, mask=slot < K, other=-1).to(tl.int64)
@@ -407,17 +499,7 @@ def _sparse_attention_kernel(q, k_cache, v_cache, indices, out, lse, partial, pa
         v = tl.load(v_cache + position[:, None] * v_s + column, mask=mask, other=0.0)
         top, total, acc = _attend(queries, k, v, valid[None, :], top, total, acc, scale_log2, PRECISION)
     value, value_lse = _finish(top, total, acc)
-    if DIRECT:
-        _store_rows(out, lse, row * G + member, member < G, value, value_lse, D, BLOCK_D)
-    else:
-        partial += row * n_splits * (ROWS * BLOCK_D)
-        partial_lse += row * n_splits * ROWS
-        _store_partial(partial + split * (ROWS * BLOCK_D), partial_lse + split * ROWS, member < G, value, value_lse,
-                       BLOCK_G, ROWS, BLOCK_D)
-        if _is_last(counters + row, n_splits):
-            combined, combined_lse = _combine(partial, partial_lse, n_splits, G, ROWS, BLOCK_D, SPLITS)
-            query = tl.arange(0, ROWS)
-            _store_rows(out, lse, row * G + query, query < G, combined, combined_lse, D, BLOCK_D)
+    _store_rows(partial, partial_lse, (row * G + member) * n_splits + split, member < G, value, value_lse, D, BLOCK_D)
 
 
 def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor,
@@ -444,25 +526,19 @@ def _launch_sparse(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor,
                    num_warps: int, num_stages: int) -> tuple[Tensor, Tensor]:
     B, Hq, D = q.shape
     HEADS, K = indices.shape[1:]
-    G, BLOCK_D = Hq // HEADS, triton.next_power_of_2(D)
-    tile = triton.next_power_of_2(G)
+    G = Hq // HEADS
     out = torch.empty((B, Hq, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, Hq), dtype=torch.float32, device=q.device)
-    partial, partial_lse, counters = _scratch(B * HEADS, n_splits, tile, BLOCK_D, q.device)
-    tiles_per_split = triton.cdiv(triton.cdiv(K, block_k), n_splits)
+    partial, partial_lse = _partial(out, lse, n_splits)
     _sparse_attention_kernel[(n_splits, B * HEADS)](
-        _rows(q), _rows(k_cache), _rows(v_cache), indices.contiguous(), out, lse, partial, partial_lse, counters,
-        scale * 1.4426950408889634, K, n_splits, tiles_per_split,  # scores in base 2: log2 e
+        _rows(q), _rows(k_cache), _rows(v_cache), indices.contiguous(), partial, partial_lse,
+        scale * 1.4426950408889634, K, n_splits, triton.cdiv(triton.cdiv(K, block_k), n_splits),  # scores in base 2: log2 e
         *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        HEADS=HEADS, HEADS_PER_KV=HEADS // k_cache.shape[1], G=G, D=D, BLOCK_G=max(16, tile), BLOCK_K=block_k, BLOCK_D=BLOCK_D,
-        ROWS=tile, SPLITS=_combined(tile, BLOCK_D), DIRECT=n_splits == 1, PRECISION=_precision(q),
-        num_warps=num_warps, num_stages=num_stages)
+        HEADS=HEADS, HEADS_PER_KV=HEADS // k_cache.shape[1], G=G, D=D, BLOCK_G=max(16, triton.next_power_of_2(G)),
+        BLOCK_K=block_k, BLOCK_D=triton.next_power_of_2(D), PRECISION=_precision(q),
+        num_warps=num_warps, num_stages=num_stages, launch_pdl=_DEPENDENT_LAUNCH)
+    _combine(partial, partial_lse, out, lse, n_splits)
     return out, lse
-
-
-def _combined(rows: int, D: int) -> int:
-    """Splits that `_combine` merges at a time: 4096 values are 32 registers in each of 128 threads."""
-    return max(1, 4096 // (rows * D))
 
 
 def _precision(q: Tensor) -> str:
@@ -473,31 +549,24 @@ def _precision(q: Tensor) -> str:
 # ------------------------------------------------------------------------------------------------------------ attend: dense
 
 @triton.jit
-def _query_rows(block, batch, kv_head, T, G: tl.constexpr, Hq: tl.constexpr, BLOCK_M: tl.constexpr, SIZE: tl.constexpr):
-    """The first SIZE queries of a block, all heads of a group side by side: their t, head, row of the output and validity."""
-    m = block * BLOCK_M + tl.arange(0, SIZE)
-    t, head = m // G, kv_head * G + m % G
-    return t, head, (batch * T + t) * Hq + head, m < T * G
-
-
-@triton.jit
-def _dense_attention_kernel(q, k_cache, v_cache, seq_lens, out, lse, partial, partial_lse, counters, scale_log2, T, n_splits,
+def _dense_attention_kernel(q, k_cache, v_cache, seq_lens, partial, partial_lse, scale_log2, T, n_splits,
                             q_b, q_t, q_h, k_b, k_h, k_s, v_b, v_h, v_s,
                             HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                            BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, DIRECT: tl.constexpr,
-                            PRECISION: tl.constexpr):
+                            BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     # later queries see more: they start first, so that no long block is left for the end
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     batch, kv_head = row // HKV, row % HKV
-    length = tl.load(seq_lens + batch)
-    t, head, out_row, valid = _query_rows(block, batch, kv_head, T, G, HKV * G, BLOCK_M, BLOCK_M)
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)  # all heads of a group side by side
+    t, head, valid = m // G, kv_head * G + m % G, m < T * G
     column = tl.arange(0, BLOCK_D)[None, :]
-    queries = tl.load(q + batch * q_b + (t.to(tl.int64) * q_t + head * q_h)[:, None] + column,
-                      mask=valid[:, None] & (column < D), other=0.0)
     k_cache += batch * k_b + kv_head * k_h
     v_cache += batch * v_b + kv_head * v_h
+    _after_previous()
+    length = tl.load(seq_lens + batch)
+    queries = tl.load(q + batch * q_b + (t.to(tl.int64) * q_t + head * q_h)[:, None] + column,
+                      mask=valid[:, None] & (column < D), other=0.0)
     last = length - T + t  # the newest token each query sees
 
     # all queries of the block see [0, common), some see [0, seen); the split takes [start, stop) of it
@@ -520,18 +589,8 @@ def _dense_attention_kernel(q, k_cache, v_cache, seq_lens, out, lse, partial, pa
             v = tl.load(v_cache + at * v_s + column, mask=mask, other=0.0)
             top, total, acc = _attend(queries, k, v, visible, top, total, acc, scale_log2, PRECISION)
     value, value_lse = _finish(top, total, acc)
-    if DIRECT:
-        _store_rows(out, lse, out_row, valid, value, value_lse, D, BLOCK_D)
-    else:
-        tile = row * tl.num_programs(0) + block
-        partial += tile * n_splits * (ROWS * BLOCK_D)
-        partial_lse += tile * n_splits * ROWS
-        _store_partial(partial + split * (ROWS * BLOCK_D), partial_lse + split * ROWS, valid, value, value_lse,
-                       BLOCK_M, ROWS, BLOCK_D)
-        if _is_last(counters + tile, n_splits):
-            combined, combined_lse = _combine(partial, partial_lse, n_splits, T * G - block * BLOCK_M, ROWS, BLOCK_D, SPLITS)
-            _, _, to_row, is_query = _query_rows(block, batch, kv_head, T, G, HKV * G, BLOCK_M, ROWS)
-            _store_rows(out, lse, to_row, is_query, combined, combined_lse, D, BLOCK_D)
+    out_row = (batch * T + t) * (HKV * G) + head
+    _store_rows(partial, partial_lse, out_row * n_splits + split, valid, value, value_lse, D, BLOCK_D)
 
 
 def dense_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor,
@@ -560,16 +619,15 @@ def _launch_dense(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor,
                   n_splits: int, num_warps: int, num_stages: int) -> tuple[Tensor, Tensor]:
     B, T, Hq, D = q.shape
     HKV = k_cache.shape[1]
-    G, BLOCK_D = Hq // HKV, triton.next_power_of_2(D)
-    n_blocks = triton.cdiv(G * T, block_m)
-    tile = min(block_m, triton.next_power_of_2(G * T))
+    G = Hq // HKV
     out = torch.empty((B, T, Hq, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, T, Hq), dtype=torch.float32, device=q.device)
-    partial, partial_lse, counters = _scratch(B * HKV * n_blocks, n_splits, tile, BLOCK_D, q.device)
-    _dense_attention_kernel[(n_blocks, B * HKV, n_splits)](
-        _rows(q), _rows(k_cache), _rows(v_cache), seq_lens, out, lse, partial, partial_lse, counters,
+    partial, partial_lse = _partial(out, lse, n_splits)
+    _dense_attention_kernel[(triton.cdiv(G * T, block_m), B * HKV, n_splits)](
+        _rows(q), _rows(k_cache), _rows(v_cache), seq_lens, partial, partial_lse,
         scale * 1.4426950408889634, T, n_splits,  # scores in base 2: log2 e
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        HKV=HKV, G=G, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=BLOCK_D, ROWS=tile, SPLITS=_combined(tile, BLOCK_D),
-        DIRECT=n_splits == 1, PRECISION=_precision(q), num_warps=num_warps, num_stages=num_stages)
+        HKV=HKV, G=G, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=triton.next_power_of_2(D), PRECISION=_precision(q),
+        num_warps=num_warps, num_stages=num_stages, launch_pdl=_DEPENDENT_LAUNCH)
+    _combine(partial, partial_lse, out, lse, n_splits)
     return out, lse

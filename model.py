@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from hash_attention import Fingerprint, HashEncoder, append_to_cache, dense_attention, select_tokens, sparse_attention
+from hash_attention import (
+    Fingerprint,
+    HashEncoder,
+    apply_rope,
+    dense_attention,
+    rope_encode_append,
+    select_tokens,
+    sparse_attention,
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+        hidden = F.silu(gate) * up
+        # as_strided makes Inductor store `hidden`: inlined into w2's product, it would be computed again for every output
+        return self.w2(hidden.as_strided(hidden.shape, hidden.stride()))
 
 
 class Attention(nn.Module):
@@ -124,17 +134,17 @@ class Attention(nn.Module):
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor) -> Tensor:
-        """Append and attend at device-known lengths. Shapes as `project` gives them -> [B, T, Hq, D]."""
+    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, seq_lens: Tensor) -> Tensor:
+        """Append and attend at device-known lengths. x [B, T, d], cos and sin [B, T, D / 2] -> [B, T, Hq, D]."""
         cache = self.cache
-        signatures = None if self.encoder is None else self.encoder.encode_keys(k)
-        append_to_cache(k, v, signatures, cache.k, cache.v, cache.signatures, seq_lens)
+        # a step of several tokens (T > 1) is dense, and what it appends gets no signatures
+        encoder, signatures = (self.encoder, cache.signatures) if x.shape[1] == 1 else (None, None)
+        q, planes = rope_encode_append(self.wqkv(x), cos, sin, encoder, cache.k, cache.v, signatures, seq_lens)
         if self.sparse is None:
             return dense_attention(q, cache.k, cache.v, seq_lens)[0]
-        query = q[:, 0]  # a sparse step decodes one token per sequence
-        indices = select_tokens(self.encoder.encode_queries(query), cache.signatures, seq_lens, self.sparse.budget,
-                                self.sparse.sink, self.sparse.recent, shift=self.encoder.shift)
-        return sparse_attention(query, cache.k, cache.v, indices)[0][:, None]
+        indices = select_tokens(planes, cache.signatures, seq_lens, self.sparse.budget, self.sparse.sink, self.sparse.recent,
+                                shift=encoder.shift)
+        return sparse_attention(q[:, 0], cache.k, cache.v, indices)[0][:, None]
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, row: int, start: int) -> Tensor:
         """Write one sequence's tokens start .. start + T and attend to all up to them. Shapes as `project` gives them."""
@@ -157,8 +167,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seq_lens: Tensor) -> Tensor:
         """One decode step of this layer. x [B, T, d], cos and sin [B, T, D / 2], seq_lens int32 [B] -> [B, T, d]."""
-        q, k, v = self.attention.project(self.attention_norm(x), cos, sin)
-        return self.finish(x, self.attention.decode(q, k, v, seq_lens))
+        return self.finish(x, self.attention.decode(self.attention_norm(x), cos, sin, seq_lens))
 
     def prefill(self, x: Tensor, cos: Tensor, sin: Tensor, row: int, start: int) -> Tensor:
         """One prompt chunk of sequence `row` through this layer. x [1, T, d] -> [1, T, d]."""
@@ -250,13 +259,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------------ RoPE
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of each head (Hugging Face's layout). x [B, T, H, D], cos and sin [B, T, D / 2]."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
 
 def rope_frequencies(args: ModelArgs) -> tuple[Tensor, float]:
     """Radians per position of each pair of channels, float32 [D / 2], and the factor on cos and sin (yarn's; else 1)."""

@@ -164,7 +164,7 @@ class Listwise(Recipe):
 
     def __init__(self, encoder: HashEncoder) -> None:
         super().__init__(encoder)
-        self.log_scale = nn.Parameter(torch.full((encoder.n_signature_head, 1, 1), -1.5))
+        self.log_scale = nn.Parameter(torch.full((encoder.n_signature_head, 1, 1), -3.0))  # a first guess next to uniform
 
     def forward(self, q: Tensor, k: Tensor, weights: Tensor, selectable: Tensor, progress: float) -> Tensor:
         slope = 1 + 2 * progress
@@ -177,10 +177,10 @@ class Listwise(Recipe):
         return (score.masked_fill(~selectable, float("-inf")).logsumexp(dim=-1) - (mass * score).sum(dim=-1)).mean()
 
     def optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=4e-3)
+        return torch.optim.Adam(self.parameters(), lr=3e-2)
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-2, total_steps=steps)
 
 
 class HashAttention(Recipe):

@@ -1,0 +1,250 @@
+"""Training of signatures: it learns, it repeats, and what it writes is what generate.py loads."""
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+import train_hash
+from checkpoint import load_model
+from common import UserError, run_command
+from hash_attention import Fingerprint, HashConfig, HashEncoder, load_signatures, random_encoders
+from train_hash import RECIPES, Listwise, Sequence, Standard, attention_weights, caught_mass, selectable_region, train_layer
+
+SHAPE = Fingerprint(n_layer=1, n_head=4, n_kv_head=2, head_dim=16, rope_theta=1e4, vocab_size=256)
+SINK, RECENT = 4, 8
+
+
+def structured(seed: int, length: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries [4, T, 16] and keys [2, T, 16] whose match lies in 4 of 16 channels; the keys are loud in all the others."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.zeros(4, length, 16)
+    wanted = torch.randn(2, length, 4, generator=generator).sign() * 3  # the two heads of a group want about the same
+    q[..., :4] = wanted.repeat_interleave(2, dim=0) + 0.5 * torch.randn(4, length, 4, generator=generator)
+    k = torch.randn(2, length, 16, generator=generator) * 4 + 1
+    k[..., :4] = torch.randn(2, length, 4, generator=generator) * 2
+    return q, k
+
+
+def trained(recipe: str, seed: int = 0, steps: int = 80, **config) -> tuple[HashEncoder, list[float]]:
+    queries, keys = zip(*(structured(s) for s in range(3)), strict=True)
+    shape = HashConfig(**{**vars(RECIPES[recipe].config), **config})
+    encoder = random_encoders(shape, SHAPE)[0]
+    return train_layer(RECIPES[recipe], encoder, list(queries), list(keys), [0, 0, 20], steps, SINK, RECENT, seed)
+
+
+def caught(encoder: HashEncoder) -> dict[str, float]:
+    q, k = structured(99)
+    positions = torch.arange(300, 400, 5)
+    untrained = random_encoders(encoder.config, SHAPE, seed=1)[0]
+    return caught_mass({"random": untrained, "trained": encoder}, q[:, positions], k, positions, 64, SINK, RECENT)
+
+
+# ----------------------------------------------------------------------------------------------------------------- train
+
+@pytest.mark.parametrize("config", [{}, {"bits": 64}, {"query_bits": 1}, {"depth": 2}, {"share": "query"}])
+def test_listwise_learns(config: dict) -> None:
+    encoder, losses = trained("listwise", **config)
+    assert len(losses) == 80 and sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    share = caught(encoder)
+    assert share["window"] < share["random"] < share["oracle"]
+    assert share["trained"] > share["random"] + 0.5 * (share["oracle"] - share["random"])
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("recipe", ["hashattention", "hata"])
+def test_papers_recipes_learn(recipe: str) -> None:
+    encoder, losses = trained(recipe, steps=40)
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    share = caught(encoder)
+    assert share["trained"] > share["random"]
+    assert encoder.config == RECIPES[recipe].config
+    if recipe == "hata":  # one map for queries and keys, without bias
+        assert torch.equal(encoder.query[0].weight, encoder.key[0].weight.repeat_interleave(2, dim=0))
+        assert not encoder.key[0].bias.any() and not encoder.query[0].bias.any()
+
+
+def test_seed_decides() -> None:
+    first, again, other = (trained("listwise", seed, steps=5) for seed in (1, 1, 2))
+    assert first[1] == again[1] != other[1]
+    for name, tensor in first[0].state_dict().items():
+        assert torch.equal(tensor, again[0].state_dict()[name])
+    assert not torch.equal(first[0].key[0].weight, other[0].key[0].weight)
+
+
+def test_folded_standardisation_changes_nothing() -> None:
+    q, k = structured(0)
+    encoder = HashEncoder(HashConfig(depth=2, share="query"), 4, 2, 16)
+    for parameter in encoder.parameters():
+        parameter.normal_()
+    for x, standard, codes, layer in ((q, Standard.of([q]), encoder.query_codes, encoder.query[0]),
+                                      (k, Standard.of([k]), encoder.key_codes, encoder.key[0])):
+        assert standard(x).mean(dim=1).abs().max() < 1e-4 or not standard.std.min() > 1e-5
+        expected = codes(standard(x)[None])
+        if x is q:  # channels that never change have no scale to fold
+            standard = Standard(standard.mean, standard.std.clamp(min=1.0))
+            expected = codes(standard(x)[None])
+        standard.fold(layer)
+        torch.testing.assert_close(codes(x[None]), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_loss_is_cross_entropy_of_the_groups_mass() -> None:
+    q, k = structured(0, length=120)
+    positions = torch.tensor([100, 110])
+    weights, selectable = attention_weights(q[:, positions], k, positions), selectable_region(positions, 120, SINK, RECENT)
+    encoder = random_encoders(HashConfig(), SHAPE)[0]
+    training = Listwise(encoder)
+    loss = training(q[:, positions], k, weights, selectable, progress=0.5)
+    expected = []
+    for h in range(2):
+        for i, position in enumerate(positions.tolist()):
+            chosen = slice(SINK, position + 1 - RECENT)
+            code = sum(encoder.query_codes(q[None])[0, head, position] for head in (2 * h, 2 * h + 1))
+            score = torch.tanh(2 * encoder.key_codes(k[None])[0, h]) @ code * training.log_scale[h, 0, 0].exp()
+            mass = sum(weights[head, i, chosen] for head in (2 * h, 2 * h + 1))
+            expected.append(-(mass / mass.sum() * score[chosen].log_softmax(dim=0)).sum())
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+
+
+# ------------------------------------------------------------------------------------------------------------- measuring
+
+def test_attention_weights_and_region() -> None:
+    q, k = structured(0, length=50)
+    positions = torch.tensor([3, 49, 20])
+    weights = attention_weights(q[:, positions], k, positions)
+    for i, position in enumerate(positions.tolist()):
+        expected = torch.softmax(k[1, :position + 1] @ q[3, position] / 4, dim=0)
+        torch.testing.assert_close(weights[3, i, :position + 1], expected)
+        assert not weights[3, i, position + 1:].any()
+    region = selectable_region(positions, 50, SINK, RECENT)
+    assert region.sum(dim=1).tolist() == [0, 50 - SINK - RECENT, 21 - SINK - RECENT]
+    assert not region[1, SINK - 1] and region[1, SINK] and region[1, 50 - RECENT - 1] and not region[1, 50 - RECENT]
+
+
+@pytest.mark.parametrize("share", ["kv", "query"])
+def test_caught_mass_grows_with_the_budget_to_all(share: str) -> None:
+    q, k = structured(5)
+    positions = torch.tensor([350, 399])
+    encoder = random_encoders(HashConfig(share=share), SHAPE)[0]
+    shares = [caught_mass({"random": encoder}, q[:, positions], k, positions, budget, SINK, RECENT)
+              for budget in (16, 100, 400)]
+    for name in ("random", "oracle"):
+        values = [s[name] for s in shares]
+        assert values[0] < values[1] < values[2] and values[2] == pytest.approx(1, abs=1e-5)
+    assert shares[0]["window"] == pytest.approx(shares[2]["window"])
+
+
+# --------------------------------------------------------------------------------------------------------------- command
+
+WORDS = "river stone cloud lamp table window garden winter letter captain silver morning forest answer bread".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model with a byte tokenizer, and two texts to train on."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=256,
+        max_position_embeddings=1024, initializer_range=0.2)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    rng = random.Random(0)
+    for name in ("one.txt", "two.txt"):
+        (folder / name).write_text(" ".join(" ".join(rng.choices(WORDS, k=8)).capitalize() + "." for _ in range(200)))
+    return folder
+
+
+def command(monkeypatch: pytest.MonkeyPatch, folder: Path, out: Path, *flags: str) -> None:
+    monkeypatch.setattr(sys, "argv", [
+        "train_hash.py", "--checkpoint_path", str(folder), "--data", str(folder / "*.txt"), "--out", str(out),
+        "--device", "cpu", "--precision", "float32", "--context", "768", "--sequences", "4", "--needles", "0.5",
+        "--steps", "20", "--sink", "4", "--recent", "8", *flags])
+    run_command(train_hash.main)
+
+
+def test_capture_is_what_the_model_computes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(folder, "cpu", torch.float32)
+    ids = torch.randint(0, 256, (100,))
+    model.setup_caches(1, 100)
+    with torch.inference_mode():
+        model.prefill(ids)
+    captured = list(train_hash.capture(model, [Sequence(ids[None]), Sequence(ids[None, :40])]))
+    assert len(captured) == 2
+    for layer, (queries, keys) in zip(model.layers, captured, strict=True):
+        assert queries[0].shape == (4, 100, 16) and queries[1].shape == (4, 40, 16)
+        torch.testing.assert_close(keys[0], layer.attention.cache.k[0])
+        torch.testing.assert_close(keys[1], keys[0][:, :40], atol=1e-5, rtol=1e-4)
+
+
+def test_command_writes_what_loads(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    out = tmp_path / "new" / "signatures.safetensors"
+    command(monkeypatch, folder, out)
+    encoders, about = load_signatures(out, load_model(folder).fingerprint())
+    assert len(encoders) == 2 and encoders[0].config == HashConfig()
+    assert (about["recipe"], about["needles"], about["data"], about["seed"]) == ("listwise", 2, ["one.txt", "two.txt"], 0)
+    for kind in ("books", "needles"):
+        layers = about["held_out"]["mass"][kind]
+        assert len(layers) == 2
+        assert all(0 < share["window"] <= share["trained"] <= share["oracle"] + 1e-6 for share in layers)
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert printed[1][:3] == ["layer", "books:", "window,"] and [line[0] for line in printed[2:5]] == ["0", "1", "mean"]
+
+
+def test_layers_left_out_stay_random(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "signatures.safetensors"
+    command(monkeypatch, folder, out, "--layers", "1", "--needles", "0", "--bits", "64")
+    model = load_model(folder).fingerprint()
+    encoders, about = load_signatures(out, model)
+    untrained = random_encoders(HashConfig(bits=64), model, 0)
+    assert torch.equal(encoders[0].key[0].weight, untrained[0].key[0].weight)
+    assert not torch.equal(encoders[1].key[0].weight, untrained[1].key[0].weight)
+    assert list(about["held_out"]["mass"]) == ["books"] and about["layers"] == [1]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--sequences", "0"), "--sequences must be at least 1"),
+    (("--steps", "0"), "--steps must be at least 1"),
+    (("--needles", "1.5"), "--needles must be 0 to 1"),
+    (("--recent", "0"), "--recent at least 1"),
+    (("--context", "100"), "too few tokens to choose among"),
+    (("--context", "2048"), "over the model's 1024"),
+    (("--layers", "2"), "--layers 2 is not a layer"),
+    (("--bits", "48"), "signature bits must be"),
+    (("--query_bits", "9"), "query_bits must be"),
+    (("--depth", "4"), "encoder depth must be"),
+    (("--data", "nowhere/*.txt"), "names no file"),
+    (("--data", "."), "cannot read"),
+    (("--sequences", "50", "--needles", "0"), "is too short"),
+    (("--checkpoint_path", "nowhere"), "nowhere"),
+    (("--device", "abacus"), "abacus"),
+])
+def test_mistakes_are_one_line(folder: Path, tmp_path: Path, monkeypatch, capsys, flags: tuple[str, ...], words: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, folder, tmp_path / "out", *flags)
+    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert printed.startswith("error: ") and words in printed
+
+
+def test_stretches_of_one_text_do_not_overlap() -> None:
+    text = "".join(chr(0x4E00 + i) for i in range(4000))  # every character once
+    sequences = train_hash.book_sequences({"a": text, "b": text[::-1]}, lambda s: [ord(c) for c in s], 6, 100, seed=0)
+    starts = [int(sequence.ids[0, 0]) for sequence in sequences]
+    assert len(set(starts)) == 6
+    seen = torch.cat([sequence.ids[0] for sequence in sequences[::2]])
+    assert len(seen.unique()) == len(seen) == 300
+
+
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="a.txt as UTF-8"):
+        train_hash.read_texts([str(tmp_path / "a.txt")])
