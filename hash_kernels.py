@@ -218,7 +218,7 @@ def _popcount(x):
 
 
 @triton.jit
-def _plan(row, block, n_blocks, seq_lens, budget, budgets, K, sink, recent,
+def _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
           HEADS: tl.constexpr, PER_HEAD: tl.constexpr, CHUNK: tl.constexpr):
     """(length, low, high, filled, start, stop) of a row and block.
 
@@ -236,18 +236,22 @@ def _plan(row, block, n_blocks, seq_lens, budget, budgets, K, sink, recent,
     return length, low, high, filled, start, tl.minimum(start + per_block, length)
 
 
+# A token's rank, one byte: 0 past the end of the sequence, 1 + bin where it competes, ALWAYS where it is in by its position.
+_ALWAYS = tl.constexpr(NUM_BINS + 1)
+
+
 @triton.jit
-def _score_kernel(planes, signatures, seq_lens, bins, histograms, budgets, budget, K, sink, recent, S, x_b, x_h, x_s, bins_row,
-                  HEADS: tl.constexpr, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr,
+def _score_kernel(planes, signatures, seq_lens, ranks, histograms, budgets, budget, K, sink, recent, S, x_b, x_h, x_s,
+                  ranks_row, HEADS: tl.constexpr, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr,
                   PER_HEAD: tl.constexpr, CHUNK: tl.constexpr):
-    """The bin of every competing token, and each block's histogram of them."""
+    """The rank of every token, and each block's histogram of the bins of those that compete."""
     block, n_blocks = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
     _after_previous()
-    _, low, high, _, start, stop = _plan(row, block, n_blocks, seq_lens, budget, budgets, K, sink, recent,
-                                         HEADS, PER_HEAD, CHUNK)
+    length, low, high, _, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
+                                              HEADS, PER_HEAD, CHUNK)
     signatures += (row // HEADS) * x_b + (row % HEADS) * x_h
-    bins += row * bins_row
+    ranks += row * ranks_row
     planes += row * ((1 + P) * W)
     signs, magnitudes, total = (), (), 0
     for w in tl.static_range(W):
@@ -256,9 +260,7 @@ def _score_kernel(planes, signatures, seq_lens, bins, histograms, budgets, budge
             magnitudes += (tl.load(planes + (1 + p) * W + w),)
             total += _popcount(magnitudes[w * P + p]) << p
     histogram = tl.zeros([BINS], tl.int32)
-    stop = tl.minimum(stop, high)
-    # whole chunks of always-selected tokens are left out
-    for first in range(tl.maximum(start, low // CHUNK * CHUNK), stop, CHUNK):
+    for first in range(start, stop, CHUNK):
         position = tl.multiple_of(first, CHUNK) + tl.arange(0, CHUNK)
         score = tl.zeros([CHUNK], tl.int32)
         for w in tl.static_range(W):
@@ -267,22 +269,38 @@ def _score_kernel(planes, signatures, seq_lens, bins, histograms, budgets, budge
             for p in tl.static_range(P):
                 score += _popcount(~(word ^ signs[w]) & magnitudes[w * P + p]) << p
         bin = tl.minimum(tl.maximum((score - total // 2) >> SHIFT, 0), BINS - 1)
-        tl.store(bins + position, bin.to(tl.uint8))
-        histogram += tl.histogram(bin, BINS, mask=(position >= low) & (position < stop))
+        competes = (position >= low) & (position < high)
+        rank = tl.where(competes, bin + 1, tl.where(position < length, _ALWAYS, 0))
+        tl.store(ranks + position, rank.to(tl.uint8))
+        histogram += tl.histogram(bin, BINS, mask=competes)
     tl.store(histograms + (row * n_blocks + block) * BINS + tl.arange(0, BINS), histogram)
 
 
 @triton.jit
-def _compact_kernel(seq_lens, bins, histograms, indices, budgets, budget, K, sink, recent, bins_row,
+def _at_least(words, threshold, GROUPS: tl.constexpr):
+    """One bit per token: is its rank at least `threshold` (0 .. 128)? words int32 [GROUPS, 8], 4 ranks each -> int32 [GROUPS].
+
+    Ranks stay below 128, so adding 128 - threshold to each byte sets its top bit and never reaches the next byte.
+    """
+    flags = ((words + (128 - threshold) * 0x01010101) >> 7) & 0x01010101
+    nibbles = ((flags * 0x00204081) >> 21) & 0xF  # the four flags side by side
+    return tl.sum(nibbles << (4 * tl.arange(0, 8))[None, :], axis=1)
+
+
+@triton.jit
+def _compact_kernel(seq_lens, ranks, histograms, indices, budgets, budget, K, sink, recent, ranks_row,
                     HEADS: tl.constexpr, BINS: tl.constexpr, PER_HEAD: tl.constexpr, CHUNK: tl.constexpr,
                     STEP: tl.constexpr, HISTOGRAMS: tl.constexpr):
-    """The selected positions in ascending order: every block knows from the histograms where its own begin."""
+    """The selected positions in ascending order: every block knows from the histograms where its own begin.
+
+    Few tokens are selected, so a thread looks at 32 of them as the bits of a word and then writes bit after bit.
+    """
     block, n_blocks = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
     _after_previous()
-    length, low, high, filled, start, stop = _plan(row, block, n_blocks, seq_lens, budget, budgets, K, sink, recent,
+    length, low, high, filled, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
                                                    HEADS, PER_HEAD, CHUNK)
-    bins += row * bins_row
+    ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32))
     histograms += row * n_blocks * BINS
     indices += row * K
     index = tl.arange(0, BINS)
@@ -302,20 +320,26 @@ def _compact_kernel(seq_lens, bins, histograms, indices, budgets, budget, K, sin
     ties = tl.sum(tl.where(index == threshold, before, 0), axis=0)
     sure = tl.sum(tl.where(index > threshold, before, 0), axis=0) + tl.minimum(start, low) + tl.maximum(start - high, 0)
 
+    GROUPS: tl.constexpr = STEP // 32
+    group = tl.arange(0, GROUPS)
     for first in range(start, stop, STEP):
-        position = tl.multiple_of(first, STEP) + tl.arange(0, STEP)
-        inside = position < stop
-        competes = (position >= low) & (position < high) & inside
-        bin = tl.load(bins + position).to(tl.int32)  # means nothing where the token does not compete
-        is_sure = inside & ((competes & (bin > threshold)) | (position < low) | (position >= high))
-        is_tie = competes & (bin == threshold)
+        words = tl.load(ranks + first // 4 + group[:, None] * 8 + tl.arange(0, 8)[None, :])
+        is_sure = _at_least(words, threshold + 2, GROUPS)
+        left = _at_least(words, threshold + 1, GROUPS)
         # one scan for both counts: STEP fits into 16 bits
-        both = is_sure.to(tl.int32) + (is_tie.to(tl.int32) << 16)
+        both = _popcount(is_sure) + (_popcount(left ^ is_sure) << 16)
         earlier = tl.cumsum(both, axis=0) - both
         ties_here = ties + (earlier >> 16)
         slot = sure + (earlier & 0xFFFF) + tl.minimum(ties_here, ties_wanted)
-        taken = is_sure | (is_tie & (ties_here < ties_wanted))
-        tl.store(indices + slot, position, mask=taken & (slot < filled))
+        for _ in range(tl.max(_popcount(left), axis=0)):
+            lowest = left & -left
+            bit = _popcount(lowest - 1)
+            left ^= lowest
+            tie = (is_sure & lowest) == 0
+            taken = (lowest != 0) & ((ties_here < ties_wanted) | ~tie)
+            tl.store(indices + slot, first + group * 32 + bit, mask=taken & (slot < filled))
+            slot += taken.to(tl.int32)
+            ties_here += (tie & (lowest != 0)).to(tl.int32)
         both = tl.sum(both, axis=0)
         sure += both & 0xFFFF
         ties += both >> 16
@@ -359,26 +383,29 @@ def _launch_select(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget:
 
 def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: tuple, shift: int, chunk: int, n_blocks: int,
                   num_warps: int) -> tuple[Tensor, Tensor]:
-    """-> bins uint8 [B * Hs, S rounded up] and histograms int32 [B * Hs, n_blocks, 64]. limits: (budgets, budget, K, ...)."""
+    """-> ranks uint8 [B * Hs, S rounded up] and histograms int32 [B * Hs, n_blocks, 64].
+
+    limits: (budgets, budget, K, sink, recent).
+    """
     B, HEADS, S, W = signatures.shape
-    bins_row = triton.cdiv(S, chunk) * chunk  # whole chunks, so that no access to the bins needs a mask
-    bins = torch.empty((B * HEADS, bins_row), dtype=torch.uint8, device=planes.device)
+    ranks_row = triton.cdiv(S, chunk) * chunk  # whole chunks, so that no access needs a mask
+    ranks = torch.empty((B * HEADS, ranks_row), dtype=torch.uint8, device=planes.device)
     histograms = torch.empty((B * HEADS, n_blocks, NUM_BINS), dtype=torch.int32, device=planes.device)
     _score_kernel[(n_blocks, B * HEADS)](
-        planes.contiguous(), _rows(signatures), seq_lens, bins, histograms, *limits, S, *signatures.stride()[:3], bins_row,
+        planes.contiguous(), _rows(signatures), seq_lens, ranks, histograms, *limits, S, *signatures.stride()[:3], ranks_row,
         HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=shift, BINS=NUM_BINS, PER_HEAD=limits[0] is not None, CHUNK=chunk,
         num_warps=num_warps, launch_pdl=_DEPENDENT_LAUNCH)
-    return bins, histograms
+    return ranks, histograms
 
 
-def _launch_compact(bins: Tensor, histograms: Tensor, seq_lens: Tensor, limits: tuple, heads: int, chunk: int, step: int,
+def _launch_compact(ranks: Tensor, histograms: Tensor, seq_lens: Tensor, limits: tuple, heads: int, chunk: int, step: int,
                     num_warps: int) -> Tensor:
     """What `_launch_score` gave, with the same limits and chunk -> indices int32 [B, Hs, K]."""
     rows, n_blocks, _ = histograms.shape
     K = limits[2]
-    indices = torch.empty((rows // heads, heads, K), dtype=torch.int32, device=bins.device)
+    indices = torch.empty((rows // heads, heads, K), dtype=torch.int32, device=ranks.device)
     _compact_kernel[(n_blocks, rows)](
-        seq_lens, bins, histograms, indices, *limits, bins.shape[1], HEADS=heads, BINS=NUM_BINS,
+        seq_lens, ranks, histograms, indices, *limits, ranks.shape[1], HEADS=heads, BINS=NUM_BINS,
         PER_HEAD=limits[0] is not None, CHUNK=chunk, STEP=step, HISTOGRAMS=min(64, triton.next_power_of_2(n_blocks)),
         num_warps=num_warps, launch_pdl=_DEPENDENT_LAUNCH)
     return indices

@@ -190,6 +190,7 @@ class HashAttention(Recipe):
     20. Adam at 1e-3. The paper trains on far more text.
     """
     config = HashConfig(query_bits=1, depth=3, share="query")
+    standardise = False
     top = 64
 
     def forward(self, q: Tensor, k: Tensor, weights: Tensor, selectable: Tensor, progress: float) -> Tensor:

@@ -55,16 +55,21 @@ def test_listwise_learns(config: dict) -> None:
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
-@pytest.mark.parametrize("recipe", ["hashattention", "hata"])
-def test_papers_recipes_learn(recipe: str) -> None:
-    encoder, losses = trained(recipe, steps=40)
+def test_hashattention_learns() -> None:
+    encoder, losses = trained("hashattention", steps=40)
+    assert encoder.config == HashConfig(query_bits=1, depth=3, share="query")
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     share = caught(encoder)
-    assert share["trained"] > share["random"]
-    assert encoder.config == RECIPES[recipe].config
-    if recipe == "hata":  # one map for queries and keys, without bias
-        assert torch.equal(encoder.query[0].weight, encoder.key[0].weight.repeat_interleave(2, dim=0))
-        assert not encoder.key[0].bias.any() and not encoder.query[0].bias.any()
+    assert share["trained"] > share["random"] + 0.5 * (share["oracle"] - share["random"])
+
+
+def test_hata_learns_one_map_without_bias() -> None:
+    encoder, losses = trained("hata", steps=40)
+    assert encoder.config == HashConfig(bits=128, query_bits=1)
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert torch.equal(encoder.query[0].weight, encoder.key[0].weight.repeat_interleave(2, dim=0))
+    assert not encoder.key[0].bias.any() and not encoder.query[0].bias.any()
+    assert caught(encoder)["trained"] > 0.5
 
 
 def test_seed_decides() -> None:
@@ -76,19 +81,18 @@ def test_seed_decides() -> None:
 
 
 def test_folded_standardisation_changes_nothing() -> None:
+    torch.manual_seed(0)
     q, k = structured(0)
     encoder = HashEncoder(HashConfig(depth=2, share="query"), 4, 2, 16)
     for parameter in encoder.parameters():
         parameter.normal_()
-    for x, standard, codes, layer in ((q, Standard.of([q]), encoder.query_codes, encoder.query[0]),
-                                      (k, Standard.of([k]), encoder.key_codes, encoder.key[0])):
-        assert standard(x).mean(dim=1).abs().max() < 1e-4 or not standard.std.min() > 1e-5
+    q = q + 0.1 * torch.randn_like(q)  # a channel that never changes has no scale to fold
+    for x, codes, layer in ((q, encoder.query_codes, encoder.query[0]), (k, encoder.key_codes, encoder.key[0])):
+        standard = Standard.of([x[:, :100], x[:, 100:]])
+        assert standard(x).mean(dim=1).abs().max() < 1e-4 and (standard(x).std(dim=1) - 1).abs().max() < 1e-3
         expected = codes(standard(x)[None])
-        if x is q:  # channels that never change have no scale to fold
-            standard = Standard(standard.mean, standard.std.clamp(min=1.0))
-            expected = codes(standard(x)[None])
         standard.fold(layer)
-        torch.testing.assert_close(codes(x[None]), expected, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(codes(x[None]), expected, atol=1e-2, rtol=1e-4)
 
 
 def test_loss_is_cross_entropy_of_the_groups_mass() -> None:
