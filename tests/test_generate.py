@@ -1,0 +1,577 @@
+"""The command line as users run it: what it prints, what it reports, and one line for every mistake."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+import generate
+from checkpoint import PRESETS, load_model
+from common import run_command
+from generate import NewText, Sampling, Session, main, parse_options, sample, sparse_settings
+from hash_attention import Fingerprint, HashConfig, random_encoders, save_signatures
+from model import ModelArgs, SparseSettings, Transformer
+from tokenizer import Tokenizer
+
+SCRIPT = Path(generate.__file__)
+TINY = ModelArgs(2, 32, 4, 2, 8, 64, 120, 1e-5, 10000.0, max_position=512)
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        assert self.code == 0, self.err
+        return json.loads(self.out.splitlines()[-1])
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        return self.json["new_tokens"]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Ran]:
+    """command(flag, ...) runs generate.py in this process, on the CPU."""
+    def run(*flags: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", *map(str, flags)])
+        code = 0
+        try:
+            run_command(main)
+        except SystemExit as stop:
+            code = stop.code
+        return Ran(code, *capsys.readouterr())
+    return run
+
+
+@pytest.fixture
+def run(command: Callable[..., Ran], tiny_checkpoint: Path) -> Callable[..., Ran]:
+    """run(flag, ...) continues a short text greedily with the tiny model, and prints JSON."""
+    def run(*flags: object, prompt: tuple = ("--prompt", "The quick brown fox jumps over the lazy dog.")) -> Ran:
+        return command("--checkpoint_path", tiny_checkpoint, *prompt, "--temperature", 0, "--max_new_tokens", 24, "--json", *flags)
+    return run
+
+
+def process(*flags: object, **how: object) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, flags)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **how)
+
+
+# ----------------------------------------------------------------------------------------------------------- end to end
+
+def test_as_a_user_runs_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    child = process("--checkpoint_path", tiny_checkpoint, "--prompt", "Hello", "--max_new_tokens", 20, "--json", cwd=tmp_path)
+    out, err = (stream.decode() for stream in child.communicate())
+    assert child.returncode == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert out == result["text"][0] + "\n" + out.splitlines()[-1] + "\n"
+    assert len(result["new_tokens"][0]) == 20
+    assert "tok/s" in err and "GiB" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_as_a_user_sees_it(tmp_path: Path) -> None:
+    child = process("--checkpoint_path", tmp_path / "nowhere")
+    out, err = child.communicate()
+    assert (child.returncode, out) == (2, b"")
+    assert err.decode() == f"error: no folder {tmp_path / 'nowhere'}; give a folder in the Hugging Face layout\n"
+
+
+def test_interrupted_while_it_streams(checkpoint_copy: Callable[..., Path]) -> None:
+    folder = checkpoint_copy(max_position_embeddings=10 ** 5)
+    child = process("--checkpoint_path", folder, "--prompt", "Hello", "--max_new_tokens", 50000, "--ignore_eos")
+    assert child.stdout.read(20)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert b"Traceback" not in err
+
+
+# -------------------------------------------------------------------------------------------------------------- reports
+
+def test_json_fields(run: Callable[..., Ran]) -> None:
+    result = run().json
+    kinds = {"prompt_tokens": int, "new_tokens": list, "text": list, "prefill_s": float, "prefill_tok_s": float,
+             "decode_tok_s": float, "ms_per_token": float, "bandwidth_gb_s": float, "compile_s": float, "peak_memory_gib": float,
+             "kv_bytes": int, "signature_bytes": int, "attention": str, "device": str, "dtype": str, "versions": dict}
+    for field, kind in kinds.items():
+        assert type(result[field]) is kind, field
+    assert result["prompt_tokens"] == 44
+    assert result["kv_bytes"] == 2 * 2 * 2 * 8 * 4 * (44 + 24)  # K and V, layers, heads, D, float32
+    assert (result["signature_bytes"], result["budget"], result["attention"]) == (0, None, "dense")
+    assert (result["device"], result["dtype"], result["tokens_read"]) == ("cpu", "float32", 44 + 11)
+    assert result["versions"]["torch"] == torch.__version__
+
+
+def test_json_of_hash_attention(run: Callable[..., Ran]) -> None:
+    ran = run("--attention", "hash", "--budget", 32, "--sink", 4, "--recent", 8, "--dense_layers", 1, "--precision", "bfloat16")
+    assert "no --signatures file, so random projections" in ran.err
+    result = ran.json
+    assert result["budget"] == 32
+    assert result["signature_bytes"] == 2 * 4 * (44 + 24)  # the first layer keeps none
+    assert result["tokens_read"] == (55 + 32) / 2
+    assert result["dtype"] == "bfloat16"
+
+
+def test_one_new_token_has_no_decode_rate(run: Callable[..., Ran]) -> None:
+    result = run("--max_new_tokens", 1).json
+    assert len(result["new_tokens"][0]) == 1
+    assert result["decode_tok_s"] is None and result["ms_per_token"] is None
+
+
+def test_profile(run: Callable[..., Ran], tmp_path: Path) -> None:
+    assert run("--profile", tmp_path / "traces" / "trace.json", "--num_samples", 2).code == 0
+    assert json.loads((tmp_path / "traces" / "trace.json").read_text())["traceEvents"]
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+def test_streamed_text_is_the_whole_text(run: Callable[..., Ran]) -> None:
+    """Sampled bytes are full of broken characters; those of the tiny model's first sequence must come out alike both ways."""
+    for flags in (("--chat",), ("--batch_size", 2), ("--prompt", 9)):
+        ran = run("--temperature", 1.5, "--max_new_tokens", 200, *flags, prompt=())
+        assert "\ufffd" in ran.json["text"][0]
+        assert ran.out == ran.json["text"][0] + "\n" + ran.out.splitlines()[-1] + "\n"
+    assert run("--no_stream").out.count("\n") == 1
+
+
+def test_whole_characters_are_streamed(tiny_checkpoint: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_checkpoint)
+    text = "é漢🙂 a"
+    stream = NewText(tokenizer, tokenizer.encode("x"))
+    parts = [stream.put(id) for id in tokenizer.encode(text) + [*tokenizer.stop_ids]]
+    assert [part for part in parts if part] == list(text)
+    assert stream.end() == ""
+
+
+def test_a_text_goes_on_after_its_prompt_with_sentencepiece(tmp_path: Path) -> None:
+    backend = Backend(models.WordLevel({"<unk>": 0, "▁Once": 1, "▁upon": 2, "▁a": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("Once upon a") == [1, 2, 3]
+    assert NewText(tokenizer, [1]).whole([2, 3]) == " upon a"
+    assert NewText(tokenizer, []).whole([2, 3]) == "upon a"  # the answer in a chat
+
+
+def test_an_end_token_ends_a_sequence(run: Callable[..., Ran], checkpoint_copy: Callable[..., Path]) -> None:
+    """The model's own fourth token is declared an end token; it is reported, not printed, and stops its sequence alone."""
+    flags = ("--temperature", 1.5, "--batch_size", 2, "--prompt", "Hello")
+    first, second = run(*flags, prompt=()).tokens
+    end = next(token for token in first[3:] if token not in second[:20])
+    folder = checkpoint_copy(eos_token_id=end)
+    (folder / "generation_config.json").unlink()
+    ran = run("--checkpoint_path", folder, *flags, prompt=())
+    assert ran.tokens[0] == first[:first.index(end) + 1]
+    assert ran.tokens[1] == (second[:second.index(end) + 1] if end in second else second)
+    tokenizer = Tokenizer.load(folder)
+    assert ran.json["text"][0] == tokenizer.decode(first[:first.index(end)])
+    assert ran.out.startswith(ran.json["text"][0] + "\n{")
+    assert run("--checkpoint_path", folder, "--ignore_eos", *flags, prompt=()).tokens == [first, second]
+
+
+# --------------------------------------------------------------------------------------------------------------- tokens
+
+def test_greedy_batches_and_samples_repeat(run: Callable[..., Ran]) -> None:
+    (alone,) = run().tokens
+    assert len(set(alone)) > 5
+    assert run("--batch_size", 2).tokens == [alone, alone]
+    assert run("--num_samples", 2).tokens == [alone, alone]
+    assert run("--max_seq_length", 300, "--no_stream").tokens == [alone]
+    assert run("--top_k", 1, "--temperature", 0.7).tokens == [alone]
+
+
+def test_a_seed_repeats_samples(run: Callable[..., Ran]) -> None:
+    flags = ("--num_samples", 3, "--temperature", 1.0)
+    ran = run(*flags)
+    assert len(ran.tokens) == len(ran.json["text"]) == 3
+    assert len(set(map(tuple, ran.tokens))) == 3
+    assert run(*flags).tokens == ran.tokens
+    assert run(*flags, "--seed", 7).tokens != ran.tokens
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-5, 1000.0])
+def test_extreme_temperatures(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, -float("inf")]]).expand(100, -1)
+    chosen = sample(logits, Sampling(temperature, top_k=3))
+    assert set(chosen.tolist()) == ({1} if temperature < 1 else {0, 1, 2})
+
+
+def test_token_ids_need_no_tokenizer(run: Callable[..., Ran], checkpoint_copy: Callable[..., Path]) -> None:
+    flags = ("--prompt_ids", "5,6,7")
+    with_tokenizer = run(*flags, prompt=())
+    assert with_tokenizer.json["prompt_tokens"] == 3 and len(with_tokenizer.json["text"]) == 1
+    folder = checkpoint_copy()
+    (folder / "tokenizer.json").unlink()
+    without = run("--checkpoint_path", folder, *flags, prompt=())
+    assert without.tokens == with_tokenizer.tokens and without.json["text"] == []
+    assert "no tokenizer in" in run("--checkpoint_path", folder).err
+
+
+def test_random_weights(command: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    ran = command("--random_weights", "tiny", "--prompt", 700, "--max_new_tokens", 5, "--batch_size", 3, "--json",
+                  "--attention", "hash", "--sparsity", 4)
+    assert ran.json["prompt_tokens"] == 700  # beyond the preset's context: latency knows no bounds
+    assert [len(tokens) for tokens in ran.tokens] == [5, 5, 5]
+    assert ran.json["budget"] == 256 and ran.json["text"] == []
+
+
+@pytest.mark.parametrize("flags, length, tokens, budget", [
+    ((), 8192, 8192, 2048),
+    (("--budget", "192"), 8192, 8192, 192),
+    (("--budget", "1000"), 8192, 8192, 1000),
+    ((), 300, 300, 300),
+    (("--budget", "200"), 100, 100, 100),
+    (("--sparsity", "16"), 8192, 6128, 384),
+    (("--sparsity", "16"), 8192, 6144, 384),
+    (("--sparsity", "16"), 8192, 6145, 448),
+    (("--sparsity", "1"), 8192, 6145, 6208),
+    (("--sparsity", "1000"), 8192, 6145, 256),
+    (("--sparsity", "1000", "--sink", "4", "--recent", "8"), 8192, 6145, 76),
+    (("--sparsity", "2.5"), 8192, 4000, 1600),
+    (("--sparsity", "16"), 200, 200, 200),
+])
+def test_budget(flags: tuple[str, ...], length: int, tokens: int, budget: int) -> None:
+    """`tokens` is prompt and new tokens, `length` that of the cache."""
+    options = parse_options(["--checkpoint_path", "x", "--attention", "hash", *flags])
+    assert sparse_settings(options, length, tokens) == SparseSettings(budget, options.sink, options.recent, 0)
+
+
+def test_a_budget_of_the_whole_cache_gives_dense_tokens(run: Callable[..., Ran]) -> None:
+    dense = run().tokens
+    assert run("--sparse_tail", 10).tokens == dense
+    for flags in ((), ("--sparse_tail", 10), ("--sparse_tail", 1000, "--batch_size", 2)):
+        assert run("--attention", "hash", "--budget", 2048, *flags).tokens[0] == dense[0]
+
+
+def test_a_sparse_tail_is_read_sparsely(run: Callable[..., Ran]) -> None:
+    flags = ("--attention", "hash", "--budget", 13, "--sink", 4, "--recent", 8)
+    assert run(*flags).tokens != run(*flags, "--sparse_tail", 30).tokens
+
+
+def test_signatures_from_a_file(run: Callable[..., Ran], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = load_model(tiny_checkpoint, "cpu", torch.float32).fingerprint()
+    save_signatures(tmp_path / "tiny.safetensors", random_encoders(HashConfig(), model, seed=1234), model, {})
+    flags = ("--attention", "hash", "--budget", 16, "--sink", 4, "--recent", 8)
+    ran = run(*flags, "--signatures", tmp_path / "tiny.safetensors")
+    assert "warning" not in ran.err
+    assert ran.tokens == run(*flags).tokens  # random ones of the same seed
+
+
+@pytest.mark.slow
+def test_compiled_prefill_and_steps_give_the_same_tokens(run: Callable[..., Ran]) -> None:
+    torch._dynamo.reset()
+    eager = run()
+    compiled = run("--compile", "--compile_prefill")
+    assert compiled.tokens == eager.tokens
+    assert compiled.json["compile_s"] > eager.json["compile_s"]
+    assert "warning" not in compiled.err
+
+
+def test_without_a_compiler(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = run()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    ran = run("--compile", "--compile_prefill")
+    assert ran.err.startswith("warning: no C++ compiler")
+    assert ran.tokens == eager.tokens
+
+
+# ---------------------------------------------------------------------------------------------------------- comparisons
+
+def test_a_run_agrees_with_itself(run: Callable[..., Ran], tmp_path: Path) -> None:
+    saved = run("--save", tmp_path / "runs" / "dense.json")
+    assert list((tmp_path / "runs").iterdir()) == [tmp_path / "runs" / "dense.json"]
+    file = json.loads((tmp_path / "runs" / "dense.json").read_text())
+    assert file.pop("log_likelihood") < 0
+    assert file == saved.json
+    ran = run("--compare", tmp_path / "runs" / "dense.json")
+    assert ran.json["agreement"] == 1.0
+    assert ran.json["perplexity_ratio"] == pytest.approx(1.0, abs=1e-5)
+    rows = [line.split() for line in ran.out.splitlines()[-9:-1]]
+    assert rows[1] == ["dense", "dense"]
+    assert rows[-2:] == [["same", "argmax", "(teacher-forced)", "1.000", "1.000"], ["perplexity", "ratio", "1.000", "1.000"]]
+
+
+def test_a_poor_selection_agrees_less(run: Callable[..., Ran], tmp_path: Path) -> None:
+    file = tmp_path / "dense.json"
+    run("--save", file)
+    result = run("--compare", file, "--attention", "hash", "--budget", 12, "--sink", 4, "--recent", 8, "--batch_size", 2).json
+    assert 0 <= result["agreement"] < 1 and result["perplexity_ratio"] > 1
+
+
+def test_bad_comparisons(run: Callable[..., Ran], tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    assert_refused(run("--compare", file), f"cannot use --compare {file}")
+    for junk in ("", "{}", "[]", "null", '{"new_tokens": 3}', "\x00\xff"):
+        file.write_text(junk, encoding="latin-1")
+        assert_refused(run("--compare", file), "give a file that --save wrote")
+    run("--save", file)
+    assert_refused(run("--compare", file, "--prompt", "Another", prompt=()), "is of another prompt or model")
+    assert_refused(run("--compare", file, "--max_new_tokens", 5), "has 24 new tokens")
+    good = json.loads(file.read_text())
+    for broken in ({"new_tokens": [["a", "b"]]}, {"log_likelihood": None}, {"decode_tok_s": "fast"}, {"attention": None}):
+        file.write_text(json.dumps(good | broken))
+        assert_refused(run("--compare", file), "give a file that --save wrote")
+    file.write_text(json.dumps(good | {"new_tokens": [[1, 4000]]}))
+    assert_refused(run("--compare", file), "is of another prompt or model")
+    run("--max_new_tokens", 1, "--save", file)
+    assert_refused(run("--compare", file), "has 1 new tokens; save 2 or more")
+
+
+# ---------------------------------------------------------------------------------------------------------- interactive
+
+def lines(monkeypatch: pytest.MonkeyPatch, *turns: str) -> None:
+    """What a person types; then the terminal is closed."""
+    waiting = iter(turns)
+
+    def read(prompt: str) -> str:
+        try:
+            return next(waiting)
+        except StopIteration:
+            raise EOFError from None
+    monkeypatch.setattr("builtins.input", read)
+
+
+def test_a_conversation_keeps_the_cache(command: Callable[..., Ran], tiny_checkpoint: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    prefilled, prompts, replies = [], [], []
+    original, run = generate.prefill, Session.run
+
+    def counted(model, ids, batch, start=0, **more):
+        prefilled.append((start, len(ids)))
+        return original(model, ids, batch, start, **more)
+
+    def recorded(self, ids, emit):
+        prompts.append(ids)
+        replies.append(run(self, ids, emit).tokens[0])
+        return generate.Sample([replies[-1]], 1.0, 1.0, 1)
+
+    monkeypatch.setattr(generate, "prefill", counted)
+    monkeypatch.setattr(Session, "run", recorded)
+    lines(monkeypatch, "Hello there.", "And now?")
+    flags = ("--checkpoint_path", tiny_checkpoint, "--temperature", 0, "--max_new_tokens", 30)
+    ran = command(*flags, "--interactive")
+    assert ran.code == 0 and ran.err == ""
+    assert prefilled[0] == (0, len(prompts[0]))
+    start, count = prefilled[1]
+    assert start >= len(prompts[0]) and start + count == len(prompts[1])
+    tokenizer = Tokenizer.load(tiny_checkpoint)
+    messages = [{"role": "user", "content": "Hello there."},
+                {"role": "assistant", "content": NewText(tokenizer, []).whole(replies[0])}, {"role": "user", "content": "And now?"}]
+    assert prompts[1] == tokenizer.encode_chat(messages)
+    fresh = command(*flags, "--prompt_ids", ",".join(map(str, prompts[1])), "--json")
+    assert fresh.tokens == [replies[1]]
+
+
+def test_a_conversation_ends(command: Callable[..., Ran], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("--checkpoint_path", tiny_checkpoint, "--interactive", "--max_new_tokens", 5)
+    lines(monkeypatch, "", "Never asked")
+    assert command(*flags) == Ran(0, "", "")
+    lines(monkeypatch, *["On and on."] * 9)
+    ran = command(*flags, "--max_seq_length", 150)
+    assert ran.code == 2 and "has filled the cache of 150; start again with a larger --max_seq_length" in ran.err
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+def assert_refused(ran: Ran, message: str) -> None:
+    """Exit code 2 and one line."""
+    assert ran.code == 2 and ran.out == ""
+    assert ran.err.startswith("error: ") and ran.err.count("\n") == 1, ran.err
+    assert message in ran.err
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--max_new_tokens", 0], "--max_new_tokens 0 is out of range; it must be from 1 to"),
+    (["--max_new_tokens", -5], "--max_new_tokens -5"),
+    (["--max_new_tokens", 10 ** 12], "--max_new_tokens 1000000000000"),
+    (["--max_new_tokens", "many"], "--max_new_tokens: invalid int value: 'many'"),
+    (["--num_samples", 0], "--num_samples 0"),
+    (["--batch_size", 0], "--batch_size 0"),
+    (["--top_k", 0], "--top_k 0"),
+    (["--temperature", -1], "--temperature -1.0"),
+    (["--temperature", "nan"], "--temperature nan is out of range; it must be from 0 to 1000.0"),
+    (["--temperature", "inf"], "--temperature inf"),
+    (["--seed", -1], "--seed -1"),
+    (["--seed", 2 ** 63], "--seed 9223372036854775808"),
+    (["--max_seq_length", 0], "--max_seq_length 0"),
+    (["--prompt", 0], "--prompt 0 is out of range"),
+    (["--prompt", -3], "--prompt -3 is out of range"),
+    (["--prompt", 10 ** 15], "--prompt 1000000000000000 is out of range"),
+    (["--prompt", ""], "the prompt is empty"),
+    (["--prompt", 64, "--chat"], "a prompt of token ids is no chat; leave --chat out"),
+    (["--sink", -1], "--sink -1"),
+    (["--recent", 10 ** 20], "--recent 100000000000000000000"),
+    (["--dense_layers", -1], "--dense_layers -1"),
+    (["--sparse_tail", -1], "--sparse_tail -1"),
+    (["--attention", "hash", "--sparsity", 0.5], "--sparsity 0.5 is out of range; it must be from 1"),
+    (["--attention", "hash", "--sparsity", "nan"], "--sparsity nan"),
+    (["--attention", "hash", "--sparsity", "inf"], "--sparsity inf"),
+    (["--attention", "hash", "--budget", 0], "--budget 0"),
+    (["--attention", "hash", "--budget", 191], "--budget 191 is less than --sink 64 plus --recent 128; give at least 192"),
+    (["--attention", "hash", "--sink", 3000], "--budget 2048 is less than --sink 3000 plus --recent 128; give at least 3128"),
+    (["--attention", "hash", "--budget", 512, "--sparsity", 4], "--sparsity: not allowed with argument --budget"),
+    (["--budget", 512], "--attention is dense, which reads all tokens; leave --budget out"),
+    (["--attention", "sliding"], "--attention: invalid choice: 'sliding'"),
+    (["--precision", "int4"], "--precision: invalid choice: 'int4'"),
+    (["--device", "abacus"], "--device abacus is not there; this machine has: "),
+    (["--interactive", "--json"], "leave --json out"),
+    (["--interactive", "--batch_size", 2], "leave --batch_size and --num_samples out"),
+    (["--random_weights", "llama-3.1-8b"], "give either --checkpoint_path FOLDER or --random_weights PRESET"),
+    (["--tempature", 1], "unrecognized arguments: --tempature 1"),
+])
+def test_flags_out_of_range(flags: list, message: str, command: Callable[..., Ran], tiny_checkpoint: Path) -> None:
+    assert_refused(command("--checkpoint_path", tiny_checkpoint, *flags), message)
+
+
+def test_flags_without_a_checkpoint(command: Callable[..., Ran]) -> None:
+    assert_refused(command(), "give either --checkpoint_path FOLDER or --random_weights PRESET")
+    assert_refused(command("--random_weights", "gpt-5", "--prompt", 8), "unknown preset 'gpt-5'; use one of llama-3.1-8b, ")
+    assert_refused(command("--random_weights", "mistral-7b"), "random weights have no tokenizer; give --prompt NUMBER")
+
+
+@pytest.mark.parametrize("ids, message", [
+    ("1,2,259", "token id 259 is outside the model's vocabulary; give ids from 0 to 258"),
+    ("-1", "token id -1 is outside"),
+    ("1,,2", "--prompt_ids '1,,2' is not a list of numbers such as 1,2,3"),
+    ("one", "'one' is not a list of numbers"),
+    ("", "'' is not a list of numbers"),
+])
+def test_bad_token_ids(ids: str, message: str, command: Callable[..., Ran], tiny_checkpoint: Path) -> None:
+    assert_refused(command("--checkpoint_path", tiny_checkpoint, f"--prompt_ids={ids}"), message)
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "No such file or directory; give a UTF-8 text file"),
+    (b"", "is empty; give a file with text"),
+    (b" \n\n", "is empty; give a file with text"),
+    (b"\xff\xfe\x00", "give a UTF-8 text file"),
+])
+def test_bad_prompt_files(content: bytes | None, message: str, command: Callable[..., Ran], tiny_checkpoint: Path,
+                          tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    if content is not None:
+        file.write_bytes(content)
+    ran = command("--checkpoint_path", tiny_checkpoint, "--prompt_file", file)
+    assert_refused(ran, message)
+    assert str(file) in ran.err
+    assert_refused(command("--checkpoint_path", tiny_checkpoint, "--prompt_file", tmp_path), "Is a directory")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--prompt", 100, "--max_seq_length", 90], "give --max_seq_length 110, a shorter prompt or fewer --max_new_tokens"),
+    (["--prompt", 85, "--max_seq_length", 90], "85 prompt and 10 new tokens do not fit --max_seq_length 90"),
+    (["--prompt", 510], "520 tokens are more than the model's 512 (max_position_embeddings or sliding_window in config.json)"),
+    (["--prompt", 9, "--max_seq_length", 4096], "4096 tokens are more than the model's 512"),
+])
+def test_prompts_longer_than_the_cache(flags: list, message: str, command: Callable[..., Ran], tiny_checkpoint: Path) -> None:
+    assert_refused(command("--checkpoint_path", tiny_checkpoint, "--max_new_tokens", 10, *flags), message)
+
+
+def test_sliding_window_shorter_than_the_cache(command: Callable[..., Ran], checkpoint_copy: Callable[..., Path]) -> None:
+    folder = checkpoint_copy(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=64)
+    assert_refused(command("--checkpoint_path", folder, "--prompt", 60, "--max_new_tokens", 10), "70 tokens are more than the model's 64")
+
+
+def test_too_little_memory(command: Callable[..., Ran], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "free_memory", lambda device: 2 ** 16)
+    monkeypatch.setattr(Transformer, "setup_caches", lambda *args: pytest.fail("memory was taken"))
+    flags = ("--checkpoint_path", tiny_checkpoint, "--prompt", 200, "--max_new_tokens", 100)
+    assert_refused(command(*flags), "at most 256 tokens fit")  # 256 bytes of K and V a token
+    ran = command(*flags, "--attention", "hash", "--batch_size", 2)
+    assert ran.code == 2 and "at most 120 tokens fit" in ran.err  # and 16 of signatures, twice
+
+
+@pytest.mark.parametrize("damage, message", [
+    ("missing", "no folder"),
+    ("empty", "no config.json in"),
+    ("a file", "config.json"),
+    ("no weights", "no weights in"),
+    ("cut weights", "damaged or incomplete, download it again"),
+    ("cut config", "config.json is not valid JSON"),
+    ("junk tokenizer", "cannot read tokenizer"),
+    ("no tokenizer", "no tokenizer in"),
+])
+def test_damaged_checkpoints(damage: str, message: str, command: Callable[..., Ran], checkpoint_copy: Callable[..., Path]) -> None:
+    folder = checkpoint_copy()
+    config, weights, tokenizer = (folder / name for name in ("config.json", "model.safetensors", "tokenizer.json"))
+    if damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "cut config":
+        config.write_text(config.read_text()[:40])
+    elif damage == "junk tokenizer":
+        tokenizer.write_text("junk")
+    elif damage in ("no weights", "no tokenizer"):
+        (weights if damage == "no weights" else tokenizer).unlink()
+    else:
+        shutil.rmtree(folder)
+        if damage == "empty":
+            folder.mkdir()
+        elif damage == "a file":
+            folder.touch()
+    ran = command("--checkpoint_path", folder)
+    assert_refused(ran, message)
+    assert str(folder) in ran.err
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+    ({"model_type": None}, "model_type is missing"),
+    ({"num_attention_heads": "four"}, "num_attention_heads must be a whole number"),
+    ({"qk_norm": True}, "qk_norm is not supported"),
+    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "RoPE type 'longrope'"),
+    ({"novel_field": 1}, "unknown field 'novel_field'"),
+    ({"intermediate_size": 65}, "take both from the same model"),
+])
+def test_unsupported_configs(fields: dict, message: str, command: Callable[..., Ran], checkpoint_copy: Callable[..., Path]) -> None:
+    assert_refused(command("--checkpoint_path", checkpoint_copy(**fields)), message)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model.norm.weight": None}, "lacks tensor model.norm.weight; download all files of the model"),
+    ({"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}, "tensor model.layers.0.self_attn.q_norm.weight, unknown"),
+    ({"model.norm.weight": torch.ones(31)}, "is [31], but config.json makes it [32]"),
+])
+def test_bad_tensors(change: dict, message: str, command: Callable[..., Ran], checkpoint_copy: Callable[..., Path]) -> None:
+    folder = checkpoint_copy()
+    tensors = load_file(folder / "model.safetensors") | change
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
+    assert_refused(command("--checkpoint_path", folder), message)
+
+
+def test_bad_signatures(command: Callable[..., Ran], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "signatures.safetensors"
+    flags = ("--checkpoint_path", tiny_checkpoint, "--attention", "hash", "--signatures", file)
+    assert_refused(command(*flags), f"no signatures file at {file}; train one with train_hash.py")
+    file.write_bytes(b"junk" * 100)
+    assert_refused(command(*flags), f"{file} is not a hashfast signatures file")
+    shutil.copy(tiny_checkpoint / "model.safetensors", file)
+    assert_refused(command(*flags), f"{file} is not a hashfast signatures file")
+    other = Fingerprint(n_layer=3, n_head=4, n_kv_head=2, head_dim=8, rope_theta=1e4, vocab_size=259)
+    save_signatures(file, random_encoders(HashConfig(), other), other, {})
+    assert_refused(command(*flags), f"{file} holds signatures of another model: n_layer is 3 there and 2 here")
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc").exists(), reason="needs a place that nobody can write to")
+@pytest.mark.parametrize("flag", ["--save", "--profile"])
+def test_nothing_half_written(flag: str, run: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for target in (tmp_path / "file" / "out.json", tmp_path):  # below a file, and a folder
+        ran = run(flag, target)
+        assert ran.code == 2 and f"error: cannot write {target}" in ran.err and "Traceback" not in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert not list(tmp_path.parent.glob(".*.tmp"))
