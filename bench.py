@@ -1,17 +1,20 @@
-"""Latency, measured: attention per layer, whole decode steps, prefill; every number beside its peers and its byte floor.
+"""Latency, measured: attention of one layer, whole decode steps, prefill; each beside its peers and its byte floor.
 
-    python bench.py attention --json results/attention.json
-    python bench.py decode --model llama-3.1-8b --batch 1 8 --context 32768 131072 --json results/decode.json
-    python bench.py plot results/attention.json results/decode.json
+    python bench.py attention --json results/attention_h200.json
+    python bench.py decode --model llama-3.1-8b --shapes 1x32768 8x32768 --json results/decode_h200.json
+    python bench.py plot results/attention_h200.json results/decode_h200.json
 
-Times are medians of CUDA-graph replays. Inputs rotate over as many copies as it takes to read past the L2 cache, as the
-layers of a model do. The floor is the bytes that must be read over the copy bandwidth that the same run measures.
+Attention times are medians of CUDA-graph replays over as many copies of the cache as it takes to read past the L2 cache, as
+the layers of a model do. A floor is the bytes that must be read over the copy bandwidth measured in the same run.
 """
 import argparse
 import json
+import math
 import shlex
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,50 +24,52 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from checkpoint import PRESETS, load_model, random_model
+from checkpoint import PRESETS, random_model
 from common import UserError, atomic_path, environment, run_command
-from generate import Decoder, Sampling, load_encoders, prefill, read_text, sparse_settings
-from hash_attention import Fingerprint, HashConfig, append_to_cache, dense_attention, random_encoders
-from model import SparseSettings
+from generate import Decoder, Sampling, bytes_per_step, prefill
+from hash_attention import Fingerprint, HashConfig, dense_attention, random_encoders, rope_encode_append, sparse_attention
+from model import SparseSettings, Transformer
 
 MODES = {
     "default": HashConfig(),
-    "paper": HashConfig(query_bits=1, depth=3, share="query"),  # HashAttention
-    "hata": HashConfig(bits=128, query_bits=1),  # HATA
+    "paper": HashConfig(query_bits=1, depth=3, share="query"),  # HashAttention, arXiv 2412.14468
+    "hata": HashConfig(bits=128, query_bits=1),  # HATA, arXiv 2506.02572
 }
-# batch, context, sparsity
-ATTENTION_CASES = [(1, 32768, 16), (1, 131072, 32), (8, 32768, 32), (1, 524288, 32), (16, 131072, 32)]
+CASES = ["1x32768x16", "1x131072x32", "8x32768x32", "1x524288x32", "16x131072x32"]
 SINK, RECENT = 64, 128
 ROTATE_BYTES = 256 * 2 ** 20  # a few times the L2 cache
 
 
 def time_graph(step: Callable[[int], object], count: int, replays: int = 20) -> float:
-    """Microseconds of step(i), i = 0 .. count - 1 in one CUDA graph: median over replays, divided by count."""
+    """Microseconds of step(i): `count` of them in one CUDA graph, the median over replays."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for i in range(min(count, 2)):
-            step(i)
+        step(0)
     torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(count):
             step(i)
+    return 1000 * median_ms(graph.replay, replays) / count
+
+
+def median_ms(run: Callable[[], object], repeats: int) -> float:
+    """Milliseconds of `run` on the GPU, the median after three warm-ups."""
     times = []
-    for _ in range(replays + 3):
+    for _ in range(repeats + 3):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        graph.replay()
+        run()
         end.record()
         torch.cuda.synchronize()
-        times.append(1000 * begin.elapsed_time(end) / count)
+        times.append(begin.elapsed_time(end))
     return statistics.median(times[3:])
 
 
 def copy_bandwidth() -> float:
     """Bytes read and written per microsecond by a large device-to-device copy."""
-    source = torch.empty(2 ** 31, dtype=torch.uint8, device="cuda").random_()
+    source = torch.randint(0, 255, (2 ** 31,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / time_graph(lambda i: target.copy_(source), 4)
 
@@ -72,13 +77,14 @@ def copy_bandwidth() -> float:
 # ------------------------------------------------------------------------------------------------------------- attention
 
 def dense_peers(q: Tensor, caches: list[tuple[Tensor, Tensor]], seq_lens: Tensor) -> dict[str, Callable[[int], object]]:
-    """Dense decode attention by every way that PyTorch and this project have. q [B, Hq, D]; what cannot run is left out."""
+    """Dense decode attention by every way at hand, for a query [B, Hq, D] on the i-th cache."""
     B, Hq, D = q.shape
-    Hkv = caches[0][0].shape[1]
-    grouped = q.view(B, Hkv, Hq // Hkv, D)  # the query heads of a group as rows: the same sums without causality
+    Hkv, S = caches[0][0].shape[1:3]
     single = q[:, :, None]
+    grouped = q.view(B, Hkv, Hq // Hkv, D)  # the query heads of a group as rows: the same sums without any mask
+    mask = (torch.arange(S, device=q.device) < seq_lens[:, None])[:, None, None]
 
-    def sdpa(backend: SDPBackend, query: Tensor, gqa: bool) -> Callable[[int], object]:
+    def sdpa(backend: SDPBackend, query: Tensor, gqa: bool) -> Callable[[int], Tensor]:
         def step(i: int) -> Tensor:
             with sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(query, *caches[i], enable_gqa=gqa)
@@ -89,69 +95,307 @@ def dense_peers(q: Tensor, caches: list[tuple[Tensor, Tensor]], seq_lens: Tensor
         k, v = (cache.repeat_interleave(Hq // Hkv, dim=1) for cache in caches[i])
         return F.scaled_dot_product_attention(single, k, v, attn_mask=mask)
 
-    mask = (torch.arange(caches[0][0].shape[2], device=q.device) < seq_lens[:, None])[:, None, None]
     from torch.nn.attention.flex_attention import flex_attention
     flex = torch.compile(flex_attention, dynamic=False)
     return {
         "flash": sdpa(SDPBackend.FLASH_ATTENTION, single, True),
         "flash_grouped": sdpa(SDPBackend.FLASH_ATTENTION, grouped, False),
         "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION, single, True),
-        "cudnn_grouped": sdpa(SDPBackend.CUDNN_ATTENTION, grouped, False),
-        "efficient_grouped": sdpa(SDPBackend.EFFICIENT_ATTENTION, grouped, False),
         "flex": lambda i: flex(single, *caches[i], enable_gqa=True),
         "classic": classic,
         "hashfast_dense": lambda i: dense_attention(q[:, None], *caches[i], seq_lens),
     }
 
 
-def topk_selection(planes: Tensor, signatures: Tensor, budget: int) -> Tensor:
-    """What selection costs with PyTorch's own topk, given scores for nothing: fp16 scores [B, Hs, S] -> indices."""
-    scores = signatures[..., 0].to(torch.float16)
-    return scores.topk(budget, dim=-1, sorted=False).indices
-
-
-def bench_attention(batch: int, context: int, sparsity: int, mode: str, heads: tuple[int, int, int], bandwidth: float,
-                    dense: dict[str, float] | None) -> dict:
-    """One row: every stage of hash attention for one layer, and the dense peers unless they are given."""
+def bench_attention(case: str, mode: str, heads: tuple[int, int, int], bandwidth: float, with_dense: bool) -> dict:
+    """One row: every stage of hash attention for one layer and, with_dense, the dense peers on the same caches."""
     import hash_kernels
+    batch, context, sparsity = map(int, case.split("x"))
     Hq, Hkv, D = heads
     config = MODES[mode]
-    budget = max(64 * -(-context // sparsity // 64), SINK + RECENT + 64)
-    encoder = random_encoders(config, Fingerprint(1, Hq, Hkv, D, 1e4, 1))[0].cuda()
-    Hs = encoder.n_signature_head
-    sparse_bytes = batch * Hs * (2 * D * 2 * budget + 4 * config.words * context)
-    dense_bytes = batch * Hkv * 2 * D * 2 * context
-    copies = max(1, min(16, -(-ROTATE_BYTES // sparse_bytes)))
-    shape = (batch, Hkv, context, D)
-    caches = [(torch.randn(shape, device="cuda", dtype=torch.bfloat16), torch.randn(shape, device="cuda", dtype=torch.bfloat16))
+    budget = max(64 * math.ceil(context / sparsity / 64), SINK + RECENT + 64)
+    sparse_bytes = batch * config.signature_heads(Hq, Hkv) * (4 * D * budget + 4 * config.words * context)
+    dense_bytes = batch * Hkv * 4 * D * context
+    copies = max(2, min(16, math.ceil(ROTATE_BYTES / sparse_bytes)))
+    encoders = [encoder.cuda() for encoder in random_encoders(config, Fingerprint(copies, Hq, Hkv, D, 1e4, 1))]
+    encoder = encoders[0]
+    caches = [tuple(torch.randn(batch, Hkv, context, D, device="cuda", dtype=torch.bfloat16) for _ in "kv")
               for _ in range(copies)]
-    signatures = [torch.randint(-2 ** 31, 2 ** 31, (batch, Hs, context, config.words), device="cuda").int() for _ in range(copies)]
-    q = torch.randn(batch, Hq, D, device="cuda", dtype=torch.bfloat16)
-    k = torch.randn(batch, Hkv, 1, D, device="cuda", dtype=torch.bfloat16)
+    signatures = [torch.randint(-2 ** 31, 2 ** 31, (batch, encoder.n_signature_head, context, config.words), device="cuda",
+                                dtype=torch.int32) for _ in range(copies)]
+    qkv = torch.randn(batch, 1, (Hq + 2 * Hkv) * D, device="cuda", dtype=torch.bfloat16)
+    q = qkv[:, 0, :Hq * D].reshape(batch, Hq, D)
+    cos = sin = torch.full((batch, 1, D // 2), 0.5 ** 0.5, device="cuda")
     seq_lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
     planes = encoder.encode_queries(q)
-    encode = torch.compile(lambda q, k: (encoder.encode_queries(q), encoder.encode_keys(k)), dynamic=False)
-    select = hash_kernels.select_stages(planes, signatures[0], seq_lens, budget, SINK, RECENT, budget, encoder.shift)
-    indices = [hash_kernels.select_tokens(planes, s, seq_lens, budget, SINK, RECENT, budget, encoder.shift) for s in signatures]
+    # linear encoders have a kernel of their own; deeper ones are what Inductor makes of the reference
+    encode = rope_encode_append if config.depth == 1 else torch.compile(rope_encode_append, dynamic=False)
+    limits = (None, budget, budget, SINK, RECENT)
+    parameters = hash_kernels._select_parameters(batch * encoder.n_signature_head, context)
+    score_parameters = (parameters["chunk"], parameters["n_blocks"], parameters["score_warps"])
+    compact_parameters = (parameters["chunk"], parameters["step"], parameters["compact_warps"])
 
-    def whole(i: int) -> object:
-        chosen = hash_kernels.select_tokens(planes, signatures[i], seq_lens, budget, SINK, RECENT, budget, encoder.shift)
-        return hash_kernels.sparse_attention(q, *caches[i], chosen, None)
+    def score(i: int) -> tuple[Tensor, Tensor]:
+        return hash_kernels._launch_score(planes, signatures[i], seq_lens, limits, encoder.shift, *score_parameters)
 
-    repeat = max(1, 16 // copies)  # short steps need many in one graph
+    def select(i: int) -> Tensor:
+        return hash_kernels.select_tokens(planes, signatures[i], seq_lens, budget, SINK, RECENT, budget, encoder.shift)
 
-    def timed(step: Callable[[int], object]) -> float:
-        return time_graph(lambda i: step(i % copies), copies * repeat)
+    scored = score(0)
+    indices = [select(i) for i in range(copies)]
+    half_scores = signatures[0][..., 0].to(torch.float16)  # for torch.topk alone, its scores given for nothing
+    count = copies * max(1, 16 // copies)
+
+    def timed(step: Callable[[int], object], count: int = count) -> float:
+        return time_graph(lambda i: step(i % copies), count)
 
     row = {
         "batch": batch, "context": context, "sparsity": sparsity, "n_head": Hq, "n_kv_head": Hkv, "head_dim": D, "mode": mode,
-        "encode_us": timed(lambda i: encode(q, k)),
-        "append_us": timed(lambda i: append_to_cache(k, k, encoder_signature, *caches[i], signatures[i], seq_lens)),
-        "score_us": timed(lambda i: select.score(signatures[i])),
-        "select_us": timed(lambda i: select.compact()),
-        "attend_us": timed(lambda i: hash_kernels.sparse_attention(q, *caches[i], indices[i], None)),
-        "total_us": timed(whole),
-        "topk_us": timed(lambda i: topk_selection(planes, signatures[i], budget)),
+        "encode_us": timed(lambda i: encode(qkv, cos, sin, encoders[i], *caches[i], signatures[i], seq_lens)),
+        "score_us": timed(score),
+        "select_us": timed(lambda i: hash_kernels._launch_compact(*scored, seq_lens, limits, encoder.n_signature_head,
+                                                                  *compact_parameters)),
+        "attend_us": timed(lambda i: sparse_attention(q, *caches[i], indices[i])),
+        "total_us": timed(lambda i: sparse_attention(q, *caches[i], select(i))),
+        "topk_us": timed(lambda i: half_scores.topk(budget, dim=-1, sorted=False)),
         "floor_us": sparse_bytes / bandwidth, "floor_dense_us": dense_bytes / bandwidth, "copy_gb_s": bandwidth / 1000,
     }
-    return row | (dense or time_dense(q, caches, seq_lens))
+    if with_dense:
+        dense = {}
+        for name, step in dense_peers(q, caches, seq_lens).items():
+            try:
+                dense[name] = timed(step, copies)
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                print(f"{case}: {name} does not run here ({str(error).splitlines()[0]})", file=sys.stderr)
+        best = min((us, name) for name, us in dense.items() if name != "hashfast_dense")
+        row |= {"dense_best_us": best[0], "dense_best": best[1], "flash_us": dense.get("flash"), "flex_us": dense.get("flex"),
+                "classic_us": dense.get("classic"), "hashfast_dense_us": dense["hashfast_dense"],
+                "dense_gb_s": dense_bytes / best[0] / 1000}
+    return row
+
+
+def attention(options: argparse.Namespace) -> list[dict]:
+    bandwidth = copy_bandwidth()
+    rows = []
+    for case in options.cases:
+        for mode in options.modes:
+            rows.append(bench_attention(case, mode, tuple(options.heads), bandwidth, mode == options.modes[0]))
+            torch.cuda.empty_cache()
+            print_table(rows[-1:], header=len(rows) == 1)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------- decode
+
+def fill_caches(model: Transformer) -> None:
+    """Random keys, values and signatures, as if a prompt had been read."""
+    for layer in model.layers:
+        for name, buffer in layer.attention.cache.named_buffers():
+            if name == "signatures":
+                buffer.random_(-2 ** 31, 2 ** 31)
+            else:
+                buffer.normal_()
+
+
+@torch.inference_mode()
+def bench_decode(model: Transformer, name: str, batch: int, context: int, mode: str, sparsity: float, bandwidth: float,
+                 steps: int) -> dict:
+    """One row: the median time of a captured decode step at `context` tokens."""
+    settings = encoders = None
+    if mode == "hash":
+        budget = max(64 * math.ceil(context / sparsity / 64), SINK + RECENT + 64)
+        settings, encoders = SparseSettings(budget, SINK, RECENT), random_encoders(HashConfig(), model.fingerprint())
+    torch.cuda.reset_peak_memory_stats()
+    model.setup_caches(batch, context + steps + 8, encoders, settings)
+    torch._dynamo.reset()
+    decoder = Decoder(model, batch, Sampling(temperature=0), compiled=True)
+    compile_s = decoder.prepare()
+    fill_caches(model)
+    decoder.start(torch.zeros_like(decoder.token[:, 0]), context)
+    ms = median_ms(decoder.step, steps)
+    row = {"model": name, "batch": batch, "context": context, "attention": mode, "sparsity": sparsity if mode == "hash" else 1,
+           "ms_per_step": ms, "tok_s": 1000 * batch / ms,
+           "floor_ms": bytes_per_step(model, settings, context, batch) / bandwidth / 1000,
+           "compile_s": compile_s, "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30, "copy_gb_s": bandwidth / 1000}
+    model.setup_caches(1, 1)  # give the memory back
+    del decoder
+    torch.cuda.empty_cache()
+    return row
+
+
+def decode(options: argparse.Namespace) -> list[dict]:
+    """Rows of bench_decode. compile_s of the first row of a kind is a cold start where Inductor's cache is empty."""
+    model = random_model(options.model, "cuda", torch.bfloat16)
+    bandwidth = copy_bandwidth()
+    rows = []
+    for shape in options.shapes:
+        batch, context = map(int, shape.split("x"))
+        for mode in options.attention:
+            try:
+                row = bench_decode(model, options.model, batch, context, mode, options.sparsity, bandwidth, options.steps)
+            except torch.OutOfMemoryError:
+                print(f"{batch} x {context} {mode}: does not fit", file=sys.stderr)
+                continue
+            if options.warm_start and shape == options.shapes[0]:
+                row["warm_start_s"] = warm_start(options, shape, mode)
+            rows.append(row)
+            print_table([row], header=len(rows) == 1)
+    return rows
+
+
+def warm_start(options: argparse.Namespace, shape: str, mode: str) -> float:
+    """Compile and capture seconds of a second process, which finds the first one's caches on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        subprocess.run([sys.executable, __file__, "decode", "--model", options.model, "--shapes", shape, "--attention", mode,
+                        "--sparsity", str(options.sparsity), "--steps", "8", "--no_warm_start", "--json", str(path)],
+                       capture_output=True, check=True)
+        return json.loads(path.read_text())["rows"][0]["compile_s"]
+
+
+# --------------------------------------------------------------------------------------------------------------- prefill
+
+def bench_prefill(options: argparse.Namespace) -> list[dict]:
+    """Seconds and TFLOP/s of reading a random prompt: 2 FLOPs per weight and token, 4 per query, head and visible key."""
+    model = random_model(options.model, "cuda", torch.bfloat16)
+    args = model.args
+    weights = sum(p.numel() for name, p in model.named_parameters() if name.startswith("layers"))
+    rows = []
+    for context in options.context:
+        torch.cuda.reset_peak_memory_stats()
+        model.setup_caches(1, context, random_encoders(HashConfig(), model.fingerprint()), SparseSettings(2048))
+        ids = torch.randint(args.vocab_size, (context,), device="cuda")
+        prefill(model, ids[:4096], 1)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        prefill(model, ids, 1)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        flops = context * 2 * weights + 4 * args.n_layer * args.n_head * args.head_dim * context * (context + 1) / 2
+        rows.append({"model": options.model, "batch": 1, "context": context, "seconds": seconds,
+                     "tflops": flops / seconds / 1e12, "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30})
+        print_table(rows[-1:], header=len(rows) == 1)
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------- tables and plots
+
+def print_table(rows: list[dict], header: bool) -> None:
+    def cell(value: object) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    widths = [max(len(name), 9) for name in rows[0]]
+    if header:
+        print(" ".join(name.rjust(width) for name, width in zip(rows[0], widths, strict=True)))
+    for row in rows:
+        print(" ".join(cell(value).rjust(width) for value, width in zip(row.values(), widths, strict=True)), flush=True)
+
+
+def save(path: Path, rows: list[dict]) -> None:
+    result = {**environment(), "command": shlex.join(["python", *sys.argv]), "rows": rows}
+    with atomic_path(path) as beside:
+        beside.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def plot(options: argparse.Namespace) -> None:
+    """A PNG beside every results file: stages of attention as bars, or latency of a step against context."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("plots need matplotlib; pip install matplotlib") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    for path in options.files:
+        try:
+            result = json.loads(path.read_text())
+            rows = result["rows"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"cannot read {path} ({error}); give a file that bench.py --json wrote") from error
+        figure, axes = plt.subplots(figsize=(8, 4.5))
+        if "attend_us" in rows[0]:
+            plot_stages(axes, [row for row in rows if row["mode"] == "default"])
+        else:
+            plot_latency(axes, rows)
+        axes.set_title(f"{result['gpu']}, torch {result['torch']}", fontsize=9)
+        figure.tight_layout()
+        with atomic_path(path.with_suffix(".png")) as beside:
+            figure.savefig(beside, dpi=120, format="png")
+        print(path.with_suffix(".png"))
+
+
+def plot_stages(axes, rows: list[dict]) -> None:
+    names = [f"{row['batch']} x {row['context'] // 1024}K, 1/{row['sparsity']}" for row in rows]
+    left = [0.0] * len(rows)
+    for stage in ("score_us", "select_us", "attend_us"):
+        values = [row[stage] / row["dense_best_us"] for row in rows]
+        axes.barh(names, values, left=left, label=stage.removesuffix("_us"))
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    axes.plot([row["floor_us"] / row["dense_best_us"] for row in rows], names, "k|", markersize=18, label="bytes / bandwidth")
+    for i, row in enumerate(rows):
+        axes.text(left[i] + 0.005, i, f"{row['total_us']:.1f} us; dense {row['dense_best_us']:.0f}", va="center", fontsize=8)
+    axes.set_xlim(0, 1.25 * max(left))
+    axes.set_xlabel("time of one layer's attention, as a share of the fastest dense kernel's")
+    axes.legend(fontsize=8)
+
+
+def plot_latency(axes, rows: list[dict]) -> None:
+    for batch in sorted({row["batch"] for row in rows}):
+        for mode, style in (("dense", "o--"), ("hash", "o-")):
+            points = sorted((row["context"], row["ms_per_step"], row["floor_ms"]) for row in rows
+                            if row["batch"] == batch and row["attention"] == mode)
+            if points:
+                contexts, times, floors = zip(*points, strict=True)
+                (line,) = axes.plot(contexts, times, style, label=f"batch {batch}, {mode}")
+                axes.plot(contexts, floors, ":", color=line.get_color(), linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("context (tokens); dotted: bytes / bandwidth")
+    axes.set_ylabel("ms per decode step")
+    axes.legend(fontsize=8)
+
+
+# --------------------------------------------------------------------------------------------------------------- command
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    part = commands.add_parser("attention", help="one layer's attention, by stage")
+    part.add_argument("--cases", nargs="+", default=CASES, help="batch x context x sparsity")
+    part.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    part.add_argument("--heads", nargs=3, type=int, default=(32, 8, 128), metavar=("HQ", "HKV", "D"))
+    part.add_argument("--json", type=Path, help="write the rows here")
+    part.set_defaults(run=attention)
+    part = commands.add_parser("decode", help="whole decode steps")
+    part.add_argument("--model", default="llama-3.1-8b", choices=PRESETS, help="preset, random weights")
+    part.add_argument("--shapes", nargs="+", default=["1x32768", "1x131072", "8x32768", "4x131072", "16x32768"],
+                      help="batch x context")
+    part.add_argument("--attention", nargs="+", choices=("dense", "hash"), default=["dense", "hash"])
+    part.add_argument("--sparsity", type=float, default=32)
+    part.add_argument("--steps", type=int, default=50)
+    part.add_argument("--no_warm_start", dest="warm_start", action="store_false", help="leave out the second process that the first shape is started again in")
+    part.add_argument("--json", type=Path)
+    part.set_defaults(run=decode)
+    part = commands.add_parser("prefill", help="reading a prompt")
+    part.add_argument("--model", default="llama-3.1-8b", choices=PRESETS)
+    part.add_argument("--context", nargs="+", type=int, default=[8192, 32768])
+    part.add_argument("--json", type=Path)
+    part.set_defaults(run=bench_prefill)
+    part = commands.add_parser("plot", help="PNGs from results files")
+    part.add_argument("files", nargs="+", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    if options.command == "plot":
+        plot(options)
+        return
+    if not torch.cuda.is_available():
+        raise UserError("bench.py measures a GPU and this machine has none; run it where torch.cuda.is_available()")
+    rows = options.run(options)
+    if options.json is not None:
+        save(options.json, rows)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -71,9 +71,11 @@ class Decoder:
         self.block: Callable = TransformerBlock.forward
         self.stem, self.head = self._stem, self._head
         if compiled:
-            # one block is compiled and serves all layers; the stem and the head are small
-            self.block, self.stem, self.head = (
-                torch.compile(part, fullgraph=True, dynamic=False) for part in (self.block, self.stem, self.head))
+            # one block is compiled and serves all layers; the stem and the head are small. On a GPU the tuning also turns
+            # products of one row into Triton kernels, which take in the norms around them.
+            tuning = {"coordinate_descent_tuning": True} if device.type == "cuda" else None
+            self.block, self.stem, self.head = (torch.compile(part, fullgraph=True, dynamic=False, options=tuning)
+                                                for part in (self.block, self.stem, self.head))
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def _stem(self, token: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,13 +201,13 @@ class Session:
         self.cached: list[int] = []  # tokens in the cache, for prompts that go on from it
 
     def prepare_prefill(self) -> float:
-        """Compile prefill, once for all layers and lengths. Writes the first cache rows. -> seconds."""
+        """Compile prefill but for attention, once for all layers and lengths. Writes the first cache rows. -> seconds."""
         started = time.perf_counter()
         compiled = torch.compile(TransformerBlock.prefill, dynamic=True)
         for layer in self.model.layers:
+            layer.attention.prefill = torch.compiler.disable(layer.attention.prefill)  # Dynamo cannot trace its mask
             layer.prefill = functools.partial(compiled, layer)
-        some = torch.zeros(min(24, self.length), dtype=torch.int64, device=self.decoder.token.device)
-        prefill(self.model, some, 1, chunk=16)  # a first chunk and a later one
+        prefill(self.model, torch.zeros(min(16, self.length), dtype=torch.int64, device=self.decoder.token.device), 1)
         return time.perf_counter() - started
 
     def first_token(self, ids: list[int]) -> Tensor:
@@ -440,7 +442,7 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
         raise UserError("random weights have no tokenizer; give --prompt NUMBER or --prompt_ids 1,2,3")
     clashes = [
         (not has_text, "a prompt of token ids is no chat", ("chat", "interactive")),
-        (options.interactive, "--interactive shows a conversation alone", ("prompt_file", "profile", "json", "save", "compare")),
+        (options.interactive, "--interactive shows a chat alone", ("prompt_file", "profile", "json", "save", "compare")),
         (options.attention == "dense", "--attention is dense, which reads all tokens", ("signatures", "budget", "sparsity")),
     ]
     for clash, reason, flags in clashes:

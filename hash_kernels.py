@@ -31,11 +31,14 @@ def _split(programs: int, rows: int, tiles: int) -> int:
 
 def _select_parameters(rows: int, S: int) -> dict[str, int]:
     """chunk: tokens scored at a time; a block's range is a multiple of it.  step: tokens compacted at a time; divides chunk."""
-    large = rows * S > 2 ** 22
-    chunk = 4096 if large else 2048 if rows * S > 2 ** 19 else 1024
-    n_blocks = max(_split(1056, rows, triton.cdiv(S, chunk)), triton.cdiv(S, 255 * chunk))  # counters of one byte
-    return {"chunk": chunk, "step": chunk, "n_blocks": n_blocks, "score_warps": chunk // 512 if large else 4,
-            "compact_warps": chunk // 1024}
+    if rows * S <= 2 ** 18:
+        programs, chunk, score_warps, compact_warps = 264, 1024, 4, 1
+    elif rows * S <= 2 ** 23:
+        programs, chunk, score_warps, compact_warps = 264, 4096, 8, 4
+    else:
+        programs, chunk, score_warps, compact_warps = 2112, 2048, 4, 2
+    n_blocks = max(_split(programs, rows, triton.cdiv(S, chunk)), triton.cdiv(S, 255 * chunk))  # counters of one byte
+    return {"chunk": chunk, "step": chunk, "n_blocks": n_blocks, "score_warps": score_warps, "compact_warps": compact_warps}
 
 
 def _sparse_parameters(rows: int, K: int, element_size: int) -> dict[str, int]:

@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,17 @@ from model import ModelArgs, SparseSettings, Transformer
 from tokenizer import Tokenizer
 
 SCRIPT = Path(generate.__file__)
+BYTES = 256  # token ids below stand for bytes, those above are special
 TINY = ModelArgs(2, 32, 4, 2, 8, 64, 120, 1e-5, 10000.0, max_position=512)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Two would wait for each other far longer than these tiny products take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Ran(NamedTuple):
@@ -60,13 +70,14 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
 def run(command: Callable[..., Ran], tiny_checkpoint: Path) -> Callable[..., Ran]:
     """run(flag, ...) continues a short text greedily with the tiny model, and prints JSON."""
     def run(*flags: object, prompt: tuple = ("--prompt", "The quick brown fox jumps over the lazy dog.")) -> Ran:
-        return command("--checkpoint_path", tiny_checkpoint, *prompt, "--temperature", 0, "--max_new_tokens", 24, "--json", *flags)
+        greedy = ("--temperature", 0, "--max_new_tokens", 24, "--json")
+        return command("--checkpoint_path", tiny_checkpoint, *prompt, *greedy, *flags)
     return run
 
 
 def process(*flags: object, **how: object) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, flags)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **how)
+    return subprocess.Popen([sys.executable, str(SCRIPT), "--device", "cpu", *map(str, flags)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, **how)
 
 
 # ----------------------------------------------------------------------------------------------------------- end to end
@@ -103,11 +114,10 @@ def test_interrupted_while_it_streams(checkpoint_copy: Callable[..., Path]) -> N
 
 def test_json_fields(run: Callable[..., Ran]) -> None:
     result = run().json
-    kinds = {"prompt_tokens": int, "new_tokens": list, "text": list, "prefill_s": float, "prefill_tok_s": float,
-             "decode_tok_s": float, "ms_per_token": float, "bandwidth_gb_s": float, "compile_s": float, "peak_memory_gib": float,
-             "kv_bytes": int, "signature_bytes": int, "attention": str, "device": str, "dtype": str, "versions": dict}
-    for field, kind in kinds.items():
-        assert type(result[field]) is kind, field
+    for field in ("prefill_s", "prefill_tok_s", "decode_tok_s", "ms_per_token", "bandwidth_gb_s", "compile_s",
+                  "peak_memory_gib"):
+        assert type(result[field]) is float and result[field] > 0, field
+    assert len(result["new_tokens"]) == len(result["text"]) == 1
     assert result["prompt_tokens"] == 44
     assert result["kv_bytes"] == 2 * 2 * 2 * 8 * 4 * (44 + 24)  # K and V, layers, heads, D, float32
     assert (result["signature_bytes"], result["budget"], result["attention"]) == (0, None, "dense")
@@ -168,18 +178,17 @@ def test_a_text_goes_on_after_its_prompt_with_sentencepiece(tmp_path: Path) -> N
 
 
 def test_an_end_token_ends_a_sequence(run: Callable[..., Ran], checkpoint_copy: Callable[..., Path]) -> None:
-    """The model's own fourth token is declared an end token; it is reported, not printed, and stops its sequence alone."""
+    """A token that the first sequence alone soon comes to is declared an end token. It is reported, but not printed."""
     flags = ("--temperature", 1.5, "--batch_size", 2, "--prompt", "Hello")
-    first, second = run(*flags, prompt=()).tokens
-    end = next(token for token in first[3:] if token not in second[:20])
+    first, second = run(*flags, "--ignore_eos", prompt=()).tokens
+    at, end = next((i, token) for i, token in enumerate(first) if i > 2 and token not in second and token < BYTES)
     folder = checkpoint_copy(eos_token_id=end)
     (folder / "generation_config.json").unlink()
-    ran = run("--checkpoint_path", folder, *flags, prompt=())
-    assert ran.tokens[0] == first[:first.index(end) + 1]
-    assert ran.tokens[1] == (second[:second.index(end) + 1] if end in second else second)
     tokenizer = Tokenizer.load(folder)
-    assert ran.json["text"][0] == tokenizer.decode(first[:first.index(end)])
-    assert ran.out.startswith(ran.json["text"][0] + "\n{")
+    ran = run("--checkpoint_path", folder, *flags, prompt=())
+    assert ran.tokens[0] == first[:at + 1] and len(ran.tokens[1]) > at + 1
+    assert ran.json["text"][0] == tokenizer.decode(first[:at])
+    assert ran.out.startswith(ran.json["text"][0] + "\n{")  # the stream stops where its sequence does
     assert run("--checkpoint_path", folder, "--ignore_eos", *flags, prompt=()).tokens == [first, second]
 
 
@@ -211,7 +220,7 @@ def test_extreme_temperatures(temperature: float) -> None:
 
 
 def test_token_ids_need_no_tokenizer(run: Callable[..., Ran], checkpoint_copy: Callable[..., Path]) -> None:
-    flags = ("--prompt_ids", "5,6,7")
+    flags = ("--prompt_ids", "5,6,7", "--ignore_eos")
     with_tokenizer = run(*flags, prompt=())
     assert with_tokenizer.json["prompt_tokens"] == 3 and len(with_tokenizer.json["text"]) == 1
     folder = checkpoint_copy()
@@ -274,10 +283,13 @@ def test_signatures_from_a_file(run: Callable[..., Ran], tiny_checkpoint: Path, 
 
 @pytest.mark.slow
 def test_compiled_prefill_and_steps_give_the_same_tokens(run: Callable[..., Ran]) -> None:
-    torch._dynamo.reset()
     eager = run()
-    compiled = run("--compile", "--compile_prefill")
-    assert compiled.tokens == eager.tokens
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = run("--compile", "--compile_prefill", "--num_samples", 2)
+    assert compiled.tokens == eager.tokens * 2
+    # the step's stem, block and head; prefill before and after attention
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
     assert compiled.json["compile_s"] > eager.json["compile_s"]
     assert "warning" not in compiled.err
 
@@ -370,8 +382,8 @@ def test_a_conversation_keeps_the_cache(command: Callable[..., Ran], tiny_checkp
     start, count = prefilled[1]
     assert start >= len(prompts[0]) and start + count == len(prompts[1])
     tokenizer = Tokenizer.load(tiny_checkpoint)
-    messages = [{"role": "user", "content": "Hello there."},
-                {"role": "assistant", "content": NewText(tokenizer, []).whole(replies[0])}, {"role": "user", "content": "And now?"}]
+    turns = [("user", "Hello there."), ("assistant", NewText(tokenizer, []).whole(replies[0])), ("user", "And now?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
     assert prompts[1] == tokenizer.encode_chat(messages)
     fresh = command(*flags, "--prompt_ids", ",".join(map(str, prompts[1])), "--json")
     assert fresh.tokens == [replies[1]]
@@ -484,7 +496,8 @@ def test_prompts_longer_than_the_cache(flags: list, message: str, command: Calla
 
 def test_sliding_window_shorter_than_the_cache(command: Callable[..., Ran], checkpoint_copy: Callable[..., Path]) -> None:
     folder = checkpoint_copy(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=64)
-    assert_refused(command("--checkpoint_path", folder, "--prompt", 60, "--max_new_tokens", 10), "70 tokens are more than the model's 64")
+    ran = command("--checkpoint_path", folder, "--prompt", 60, "--max_new_tokens", 10)
+    assert_refused(ran, "70 tokens are more than the model's 64")
 
 
 def test_too_little_memory(command: Callable[..., Ran], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,7 +519,8 @@ def test_too_little_memory(command: Callable[..., Ran], tiny_checkpoint: Path, m
     ("junk tokenizer", "cannot read tokenizer"),
     ("no tokenizer", "no tokenizer in"),
 ])
-def test_damaged_checkpoints(damage: str, message: str, command: Callable[..., Ran], checkpoint_copy: Callable[..., Path]) -> None:
+def test_damaged_checkpoints(damage: str, message: str, command: Callable[..., Ran],
+                             checkpoint_copy: Callable[..., Path]) -> None:
     folder = checkpoint_copy()
     config, weights, tokenizer = (folder / name for name in ("config.json", "model.safetensors", "tokenizer.json"))
     if damage == "cut weights":
@@ -537,7 +551,8 @@ def test_damaged_checkpoints(damage: str, message: str, command: Callable[..., R
     ({"novel_field": 1}, "unknown field 'novel_field'"),
     ({"intermediate_size": 65}, "take both from the same model"),
 ])
-def test_unsupported_configs(fields: dict, message: str, command: Callable[..., Ran], checkpoint_copy: Callable[..., Path]) -> None:
+def test_unsupported_configs(fields: dict, message: str, command: Callable[..., Ran],
+                             checkpoint_copy: Callable[..., Path]) -> None:
     assert_refused(command("--checkpoint_path", checkpoint_copy(**fields)), message)
 
 
@@ -566,12 +581,10 @@ def test_bad_signatures(command: Callable[..., Ran], tiny_checkpoint: Path, tmp_
     assert_refused(command(*flags), f"{file} holds signatures of another model: n_layer is 3 there and 2 here")
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc").exists(), reason="needs a place that nobody can write to")
 @pytest.mark.parametrize("flag", ["--save", "--profile"])
 def test_nothing_half_written(flag: str, run: Callable[..., Ran], tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for target in (tmp_path / "file" / "out.json", tmp_path):  # below a file, and a folder
-        ran = run(flag, target)
-        assert ran.code == 2 and f"error: cannot write {target}" in ran.err and "Traceback" not in ran.err
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert not list(tmp_path.parent.glob(".*.tmp"))
+    target = tmp_path / "taken"
+    target.mkdir()  # a folder stands where the file should go
+    ran = run(flag, target)
+    assert ran.code == 2 and f"error: cannot write {target}" in ran.err and "Traceback" not in ran.err
+    assert list(tmp_path.iterdir()) == [target] and not list(target.iterdir())
