@@ -71,7 +71,7 @@ def copy_bandwidth() -> float:
     """Bytes read and written per microsecond by a large device-to-device copy."""
     source = torch.randint(0, 255, (2 ** 31,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / time_graph(lambda i: target.copy_(source), 4)
+    return 2 * source.nbytes / median_ms(lambda: target.copy_(source), 20) / 1000
 
 
 # ------------------------------------------------------------------------------------------------------------- attention
@@ -372,7 +372,8 @@ def parse_options() -> argparse.Namespace:
     part.add_argument("--attention", nargs="+", choices=("dense", "hash"), default=["dense", "hash"])
     part.add_argument("--sparsity", type=float, default=32)
     part.add_argument("--steps", type=int, default=50)
-    part.add_argument("--no_warm_start", dest="warm_start", action="store_false", help="leave out the second process that the first shape is started again in")
+    part.add_argument("--no_warm_start", dest="warm_start", action="store_false",
+                      help="do not start the first shape again in a second process")
     part.add_argument("--json", type=Path)
     part.set_defaults(run=decode)
     part = commands.add_parser("prefill", help="reading a prompt")

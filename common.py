@@ -23,6 +23,9 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(fail(f"out of GPU memory: {str(error).splitlines()[0]} Use a smaller --max_seq_length or --batch_size."))
     except MemoryError:
         sys.exit(fail("out of memory. Use a smaller model, --max_seq_length or --batch_size."))
+    except BrokenPipeError:  # the reader of a pipe has left; the interpreter must not complain again when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -37,6 +40,8 @@ def fail(message: str) -> int:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it when the block ends well and vanishes when it does not."""
     path = Path(path)
+    if not path.name:
+        raise UserError(f"cannot write to {str(path)!r}: it names no file")
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +50,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose a writable place with free space") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def default_device() -> str:

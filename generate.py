@@ -636,7 +636,7 @@ def main() -> None:
     else:
         model = load_model(options.checkpoint_path, options.device, dtype)
     if options.device.startswith("cuda"):
-        torch.cuda.set_device(options.device)  # kernels run on the current one
+        torch.cuda.set_device(model.tok_embeddings.weight.device)  # kernels run on the current one
     tokenizer = read_tokenizer(options)
     ids = [] if options.interactive else read_prompt(options, tokenizer, model.args.vocab_size)
     length = cache_length(options, model, len(ids))

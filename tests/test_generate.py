@@ -83,7 +83,8 @@ def process(*flags: object, **how: object) -> subprocess.Popen:
 # ----------------------------------------------------------------------------------------------------------- end to end
 
 def test_as_a_user_runs_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    child = process("--checkpoint_path", tiny_checkpoint, "--prompt", "Hello", "--max_new_tokens", 20, "--json", cwd=tmp_path)
+    child = process("--checkpoint_path", tiny_checkpoint, "--prompt", "Hello", "--max_new_tokens", 20, "--ignore_eos", "--json",
+                    cwd=tmp_path)
     out, err = (stream.decode() for stream in child.communicate())
     assert child.returncode == 0, err
     result = json.loads(out.splitlines()[-1])

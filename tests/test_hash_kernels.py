@@ -85,8 +85,8 @@ def encoder_for(config: HashConfig, Hq: int, Hkv: int, D: int) -> reference.Hash
     return encoder.to(DEVICE)
 
 
-ENCODERS = [None, HashConfig(), HashConfig(bits=128, query_bits=1), HashConfig(bits=64, query_bits=8), HashConfig(share="query"),
-            HashConfig(query_bits=1, share="query"), HashConfig(query_bits=2)]
+ENCODERS = [None, HashConfig(), HashConfig(bits=128, query_bits=1), HashConfig(bits=64, query_bits=8), HashConfig(query_bits=2),
+            HashConfig(share="query"), HashConfig(query_bits=1, share="query")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
