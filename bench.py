@@ -339,17 +339,19 @@ def plot_stages(axes, rows: list[dict]) -> None:
 
 
 def plot_latency(axes, rows: list[dict]) -> None:
-    for batch in sorted({row["batch"] for row in rows}):
-        for mode, style in (("dense", "o--"), ("hash", "o-")):
-            points = sorted((row["context"], row["ms_per_step"], row["floor_ms"]) for row in rows
-                            if row["batch"] == batch and row["attention"] == mode)
-            if points:
-                contexts, times, floors = zip(*points, strict=True)
-                (line,) = axes.plot(contexts, times, style, label=f"batch {batch}, {mode}")
-                axes.plot(contexts, floors, ":", color=line.get_color(), linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("context (tokens); dotted: bytes / bandwidth")
+    shapes = sorted({(row["batch"], row["context"]) for row in rows})
+    names = [f"{batch} x {context // 1024}K" for batch, context in shapes]
+    for mode, offset in (("dense", -0.2), ("hash", 0.2)):
+        found = {(row["batch"], row["context"]): row for row in rows if row["attention"] == mode}
+        places = [i + offset for i, shape in enumerate(shapes) if shape in found]
+        chosen = [found[shape] for shape in shapes if shape in found]
+        axes.bar(places, [row["ms_per_step"] for row in chosen], width=0.38, label=mode)
+        axes.hlines([row["floor_ms"] for row in chosen], [x - 0.19 for x in places], [x + 0.19 for x in places], "k",
+                    label="bytes / bandwidth" if mode == "hash" else None)
+        for x, row in zip(places, chosen, strict=True):
+            axes.text(x, row["ms_per_step"], f"{row['ms_per_step']:.1f}", ha="center", va="bottom", fontsize=8)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlabel(f"batch x context, {rows[0]['model']}, hash at 1/{max(row['sparsity'] for row in rows):g}")
     axes.set_ylabel("ms per decode step")
     axes.legend(fontsize=8)
 

@@ -436,6 +436,7 @@ def load_signatures(path: str | Path, model: Fingerprint) -> tuple[list[HashEnco
         try:
             encoder.load_state_dict(state)
         except RuntimeError as error:
-            raise UserError(f"{path}, layer {i}: {' '.join(str(error).split())}; train the signatures again with train_hash.py") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}, layer {i}: {reason}; train the signatures again with train_hash.py") from error
         encoders.append(encoder)
     return encoders, about

@@ -1,0 +1,52 @@
+"""SmolLM2-135M-Instruct on a real book: sane perplexity, and signatures that lose little of it."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import load_model
+from eval import likelihood
+from generate import Decoder, Sampling
+from hash_attention import load_signatures, random_encoders
+from model import SparseSettings
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+CHECKPOINT, BOOK = ROOT / "checkpoints" / "smollm2-135m-instruct", ROOT / "data" / "alice29.txt"
+CONTEXT, LAST = 3072, 96
+
+pytestmark = pytest.mark.skipif(not (CHECKPOINT.exists() and BOOK.exists()), reason="run scripts/fetch_quickstart.py first")
+
+
+@pytest.fixture(scope="module")
+def real():
+    model = load_model(CHECKPOINT, "cpu", torch.float32)
+    ids = Tokenizer.load(CHECKPOINT).encode(BOOK.read_text())[1000:1000 + CONTEXT]
+    return model, torch.tensor(ids)
+
+
+def perplexity(real, encoders=None, settings=None) -> float:
+    model, ids = real
+    model.setup_caches(1, CONTEXT, encoders, settings)
+    decoder = Decoder(model, 1, Sampling(temperature=0), compiled=False)
+    return torch.tensor(-likelihood(model, decoder, ids, LAST)).exp().item()
+
+
+def test_perplexity_dense_learned_and_random(real):
+    dense = perplexity(real)
+    assert 15 < dense < 35
+    encoders, about = load_signatures(ROOT / "weights" / "smollm2-135m-instruct.safetensors", real[0].fingerprint())
+    assert about["recipe"] == "listwise"
+    settings = SparseSettings(256, sink=64, recent=128)
+    learned = perplexity(real, encoders, settings)
+    random = perplexity(real, random_encoders(encoders[0].config, real[0].fingerprint()), settings)
+    assert learned / dense < 1.05
+    assert learned < random
+
+
+def test_signatures_were_not_trained_on_the_evaluated_texts():
+    _, about = load_signatures(ROOT / "weights" / "smollm2-135m-instruct.safetensors",
+                               load_model(CHECKPOINT, "meta", torch.float32).fingerprint())
+    evaluated = json.loads((ROOT / "results" / "quality_ppl.json").read_text())["rows"][0]["per_text"]
+    assert not {Path(name).stem for name in about["data"]} & {*evaluated, BOOK.stem}
