@@ -10,6 +10,7 @@ b signature bits, d model width.
 """
 import argparse
 import glob
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -46,11 +47,14 @@ class Sequence:
 
 def read_texts(patterns: list[str]) -> dict[str, str]:
     """The texts of all files that the names or globs give, by path, in sorted order."""
-    paths = sorted({path for pattern in patterns for path in glob.glob(pattern, recursive=True)})
-    if not paths:
-        raise UserError(f"--data {' '.join(patterns)} names no file; give text files or quoted globs")
+    paths: set[str] = set()
+    for pattern in patterns:
+        found = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)
+        if not found:
+            raise UserError(f"--data {pattern} names no file; give text files or quoted globs")
+        paths.update(found)
     texts = {}
-    for path in paths:
+    for path in sorted(paths):
         try:
             texts[path] = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -164,7 +168,8 @@ class Listwise(Recipe):
 
     def __init__(self, encoder: HashEncoder) -> None:
         super().__init__(encoder)
-        self.log_scale = nn.Parameter(torch.full((encoder.n_signature_head, 1, 1), -3.0))  # a first guess next to uniform
+        # The first distribution is nearly uniform: one that is sharp and wrong costs most of the steps to undo.
+        self.log_scale = nn.Parameter(torch.full((encoder.n_signature_head, 1, 1), -3.0, device=encoder.key[0].weight.device))
 
     def forward(self, q: Tensor, k: Tensor, weights: Tensor, selectable: Tensor, progress: float) -> Tensor:
         slope = 1 + 2 * progress
@@ -209,7 +214,8 @@ class Hata(Recipe):
     """HATA (arXiv 2506.02572, section 3.1): one linear map per KV head, shared by queries and keys.
 
     h = 2 sigmoid(0.1 x W) - 1; the top tenth of the keys are labelled s = 20 down to 1, the others -1; loss
-    0.01 mean(s ||h_q - h_k||^2) + bit balance + ||W'W - I||. SGD at 0.1 with momentum 0.9.
+    0.01 mean(s ||h_q - h_k||^2) + bit balance + ||W'W - I||. SGD at 0.1 with momentum 0.9. The last term has the last word:
+    training moves W little, and weights that move it more help some layers and harm others.
     """
     config = HashConfig(bits=128, query_bits=1)
     standardise = False  # the map is shared, so that queries and keys must be in one space
@@ -380,6 +386,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be written: {error.strerror}; choose another place") from error
+    if args.out.is_dir() or not os.access(args.out.parent, os.W_OK):  # better now than after the training
+        raise UserError(f"--out {args.out} cannot be written; give a file in a writable folder")
+    if not 0 <= args.seed < 2 ** 31:
+        raise UserError(f"--seed must be 0 to {2 ** 31 - 1}, not {args.seed}")
     if args.sequences < 1:
         raise UserError(f"--sequences must be at least 1, not {args.sequences}")
     if args.steps < 1:

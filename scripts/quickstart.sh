@@ -12,7 +12,7 @@ generate=(
     .venv/bin/python generate.py
     --checkpoint_path checkpoints/smollm2-135m-instruct
     --prompt_file checkpoints/alice-question.txt
-    --chat --max_new_tokens 128 --ignore_eos --temperature 0 --compile
+    --chat --max_new_tokens 128 --temperature 0 --compile
 )
 "${generate[@]}" --attention dense --save checkpoints/quickstart-dense.json
 "${generate[@]}" --attention hash --sparsity 16 --signatures weights/smollm2-135m-instruct.safetensors \

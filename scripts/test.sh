@@ -6,4 +6,5 @@ source scripts/setup_venv.sh
 setup_venv requirements-dev.txt
 
 .venv/bin/python scripts/fetch_quickstart.py
+.venv/bin/python -m ruff check --quiet .
 exec .venv/bin/python -m pytest "$@"

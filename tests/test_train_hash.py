@@ -227,6 +227,9 @@ def test_layers_left_out_stay_random(folder: Path, tmp_path: Path, monkeypatch: 
     (("--depth", "4"), "encoder depth must be"),
     (("--data", "nowhere/*.txt"), "names no file"),
     (("--data", "."), "cannot read"),
+    (("--seed", "-1"), "--seed must be 0 to"),
+    (("--out", "."), "--out . cannot be written"),
+    (("--out", "train_hash.py/x"), "--out train_hash.py/x cannot be written"),
     (("--sequences", "50", "--needles", "0"), "is too short"),
     (("--checkpoint_path", "nowhere"), "nowhere"),
     (("--device", "abacus"), "abacus"),
@@ -246,6 +249,14 @@ def test_stretches_of_one_text_do_not_overlap() -> None:
     assert len(set(starts)) == 6
     seen = torch.cat([sequence.ids[0] for sequence in sequences[::2]])
     assert len(seen.unique()) == len(seen) == 300
+
+
+def test_every_pattern_must_name_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a[1].txt").write_text("one")  # a name that is no glob of itself
+    (tmp_path / "b.txt").write_text("two")
+    assert list(train_hash.read_texts([str(tmp_path / "a[1].txt"), str(tmp_path / "b*")]).values()) == ["one", "two"]
+    with pytest.raises(UserError, match="c.txt names no file"):
+        train_hash.read_texts([str(tmp_path / "b.txt"), str(tmp_path / "c.txt")])
 
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
