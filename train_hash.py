@@ -259,9 +259,11 @@ class Standard:
 
     @staticmethod
     def of(heads: list[Tensor]) -> "Standard":
-        """Over all positions of all sequences [H, T, D]."""
-        every = torch.cat([x.float() for x in heads], dim=1)
-        return Standard(every.mean(dim=1, keepdim=True), every.std(dim=1, keepdim=True).clamp(min=1e-6))
+        """Over all positions of all sequences [H, T, D], one sequence in float32 at a time."""
+        count = sum(x.shape[1] for x in heads)
+        mean = sum(x.float().sum(dim=1, keepdim=True) for x in heads) / count
+        variance = sum((x.float() - mean).square().sum(dim=1, keepdim=True) for x in heads) / count
+        return Standard(mean, variance.sqrt().clamp(min=1e-6))
 
     def __call__(self, x: Tensor) -> Tensor:
         return (x.float() - self.mean) / self.std

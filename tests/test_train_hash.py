@@ -29,10 +29,10 @@ def structured(seed: int, length: int = 400) -> tuple[torch.Tensor, torch.Tensor
     return q, k
 
 
-def trained(recipe: str, seed: int = 0, steps: int = 80, **config) -> tuple[HashEncoder, list[float]]:
-    queries, keys = zip(*(structured(s) for s in range(3)), strict=True)
+def trained(recipe: str, seed: int = 0, steps: int = 80, device: str = "cpu", **config) -> tuple[HashEncoder, list[float]]:
+    queries, keys = zip(*([x.to(device) for x in structured(s)] for s in range(3)), strict=True)
     shape = HashConfig(**{**vars(RECIPES[recipe].config), **config})
-    encoder = random_encoders(shape, SHAPE)[0]
+    encoder = random_encoders(shape, SHAPE)[0].to(device)
     return train_layer(RECIPES[recipe], encoder, list(queries), list(keys), [0, 0, 20], steps, SINK, RECENT, seed)
 
 
@@ -80,6 +80,17 @@ def test_seed_decides() -> None:
     assert not torch.equal(first[0].key[0].weight, other[0].key[0].weight)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gpu_trains_as_the_cpu(recipe: str) -> None:
+    here, there = trained(recipe, steps=10)[1], trained(recipe, steps=10, device="cuda")
+    assert there[1] == pytest.approx(here, rel=1e-2)
+    assert there[0].key[0].weight.is_cuda
+    cpu, gpu = caught(trained(recipe)[0]), caught(trained(recipe, device="cuda")[0].cpu())
+    assert gpu["trained"] == pytest.approx(cpu["trained"], abs=0.03)
+
+
 def test_folded_standardisation_changes_nothing() -> None:
     torch.manual_seed(0)
     q, k = structured(0)
@@ -89,7 +100,7 @@ def test_folded_standardisation_changes_nothing() -> None:
     q = q + 0.1 * torch.randn_like(q)  # a channel that never changes has no scale to fold
     for x, codes, layer in ((q, encoder.query_codes, encoder.query[0]), (k, encoder.key_codes, encoder.key[0])):
         standard = Standard.of([x[:, :100], x[:, 100:]])
-        assert standard(x).mean(dim=1).abs().max() < 1e-4 and (standard(x).std(dim=1) - 1).abs().max() < 1e-3
+        assert standard(x).mean(dim=1).abs().max() < 1e-4 and (standard(x).std(dim=1, correction=0) - 1).abs().max() < 1e-3
         expected = codes(standard(x)[None])
         standard.fold(layer)
         torch.testing.assert_close(codes(x[None]), expected, atol=1e-2, rtol=1e-4)
