@@ -26,7 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from checkpoint import PRESETS, random_model
 from common import UserError, atomic_path, environment, run_command
-from generate import Decoder, Sampling, bytes_per_step, prefill
+from decode import Decoder, Sampling, prefill
+from generate import bytes_per_step
 from hash_attention import Fingerprint, HashConfig, dense_attention, random_encoders, rope_encode_append, sparse_attention
 from model import SparseSettings, Transformer
 

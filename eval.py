@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from common import UserError, atomic_path, default_device, environment, run_command
-from generate import Decoder, Sampling, prefill, read_text
+from decode import Decoder, Sampling, prefill
+from generate import read_text
 from hash_attention import HashConfig, load_signatures, random_encoders
 from model import SparseSettings, Transformer
 from tokenizer import Tokenizer

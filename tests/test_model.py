@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from checkpoint import load_model
-from generate import Decoder, Sampling, decode, prefill
+from decode import Decoder, Sampling, decode, prefill
 from hash_attention import HashConfig, random_encoders
 from model import SparseSettings
 

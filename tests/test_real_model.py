@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from checkpoint import load_model
+from decode import Decoder, Sampling
 from eval import likelihood
-from generate import Decoder, Sampling
 from hash_attention import load_signatures, random_encoders
 from model import SparseSettings
 from tokenizer import Tokenizer

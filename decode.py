@@ -1,0 +1,146 @@
+"""The decode loop: prefill a prompt, then one captured step per token. generate.py, eval.py and bench.py all run this."""
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model import Transformer, TransformerBlock
+
+PREFILL_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_k None keeps the whole vocabulary."""
+    temperature: float = 0.8
+    top_k: int | None = 200
+
+
+def sample(logits: Tensor, sampling: Sampling) -> Tensor:
+    """logits [B, vocab] -> token ids int64 [B]."""
+    if sampling.temperature < 1e-6:  # the logits would overflow
+        return logits.argmax(dim=-1)
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k is not None:
+        kept = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kept, float("-inf"))
+    # the Gumbel trick draws from the distribution without the host sync that torch.multinomial needs
+    noise = torch.empty_like(logits).exponential_(1)
+    return (logits.softmax(dim=-1) / noise).argmax(dim=-1)
+
+
+class Decoder:
+    """The decode step of a model with its static inputs: one CUDA graph on a GPU, compiled blocks on a CPU.
+
+    token int64 [B, 1]: the token that the next step reads; a step leaves the token it chose here.
+    seq_lens int32 [B]: tokens in the cache; a step adds one.
+    logits [B, vocab]: what the last step computed.
+    """
+
+    def __init__(self, model: Transformer, batch: int, sampling: Sampling, compiled: bool) -> None:
+        device = model.tok_embeddings.weight.device
+        self.model, self.sampling = model, sampling
+        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.block: Callable = TransformerBlock.forward
+        self.stem, self.head = self._stem, self._head
+        if compiled:
+            # one block is compiled and serves all layers; the stem and the head are small. On a GPU the tuning also turns
+            # products of one row into Triton kernels, which take in the norms around them.
+            tuning = {"coordinate_descent_tuning": True} if device.type == "cuda" else None
+            self.block, self.stem, self.head = (torch.compile(part, fullgraph=True, dynamic=False, options=tuning)
+                                                for part in (self.block, self.stem, self.head))
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def _stem(self, token: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.model.embed(token, (seq_lens - 1)[:, None])
+
+    def _head(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.model.logits(x)[:, -1]
+        return logits, sample(logits, self.sampling)
+
+    def _step(self) -> None:
+        self.seq_lens += 1
+        x, cos, sin = self.stem(self.token, self.seq_lens)
+        for layer in self.model.layers:
+            x = self.block(layer, x, cos, sin, self.seq_lens)
+        self.logits, chosen = self.head(x)
+        self.token.copy_(chosen[:, None])
+
+    @torch.inference_mode()
+    def prepare(self) -> float:
+        """Compile, and capture the graph on a GPU. Writes cache row 0, so call it before the prefill. -> seconds."""
+        started = time.perf_counter()
+        if self.token.is_cuda:
+            side = torch.cuda.Stream()  # capture needs a warm-up away from the default stream
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.seq_lens.zero_()
+                self._step()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            self.seq_lens.zero_()
+            with torch.cuda.graph(self.graph):
+                self._step()
+            torch.cuda.synchronize()
+        else:
+            self.seq_lens.zero_()
+            self._step()
+        return time.perf_counter() - started
+
+    def start(self, token: Tensor, length: int) -> None:
+        """The next step reads `token` (int64 [B]) with `length` tokens in every sequence's cache."""
+        self.token.copy_(token[:, None])
+        self.seq_lens.fill_(length)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        if self.graph is None:
+            self._step()
+        else:
+            self.graph.replay()
+
+
+@torch.inference_mode()
+def prefill(model: Transformer, ids: Tensor, batch: int, start: int = 0, chunk: int = PREFILL_CHUNK) -> Tensor:
+    """Fill the caches of all sequences with one prompt, ids int64 [T] at `start` -> logits of the last position [vocab]."""
+    end = start + len(ids)
+    with tqdm(total=len(ids), desc="prefill", unit="tok", delay=2, leave=False, disable=None) as progress:
+        for part in ids.split(chunk):
+            logits = model.prefill(part, 0, start)
+            start += len(part)
+            progress.update(len(part))
+    if batch > 1:
+        for layer in model.layers:
+            for buffer in layer.attention.cache.buffers():
+                buffer[1:, :, :end] = buffer[:1, :, :end]
+    return logits
+
+
+def decode(decoder: Decoder, first: Tensor, length: int, count: int) -> Iterator[list[int]]:
+    """Yield `first` (int64 [B]) and the tokens after it, `count` steps of one token id per sequence.
+
+    On a GPU the host is always one step behind: it reads a token while the next step runs, so it never holds a step up.
+    """
+    decoder.start(first, length)
+    if not first.is_cuda:
+        yield first.tolist()
+        for _ in range(count - 1):
+            decoder.step()
+            yield decoder.token[:, 0].tolist()
+        return
+    host = torch.empty(count, len(first), dtype=torch.int64, pin_memory=True)
+    arrived = [torch.cuda.Event() for _ in range(count)]
+    for i in range(count):
+        if i > 0:
+            decoder.step()
+        host[i].copy_(decoder.token[:, 0], non_blocking=True)
+        arrived[i].record()
+        if i > 0:
+            arrived[i - 1].synchronize()
+            yield host[i - 1].tolist()
+    arrived[-1].synchronize()
+    yield host[-1].tolist()
