@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from checkpoint import PRESETS, random_model
-from common import UserError, atomic_path, environment, run_command
+from common import Parser, UserError, atomic_path, environment, run_command
 from decode import Decoder, Sampling, prefill
 from generate import bytes_per_step
 from hash_attention import Fingerprint, HashConfig, dense_attention, random_encoders, rope_encode_append, sparse_attention
@@ -310,14 +310,15 @@ def plot(options: argparse.Namespace) -> None:
         try:
             result = json.loads(path.read_text())
             rows = result["rows"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"cannot read {path} ({error}); give a file that bench.py --json wrote") from error
-        figure, axes = plt.subplots(figsize=(8, 4.5))
-        if "attend_us" in rows[0]:
-            plot_stages(axes, [row for row in rows if row["mode"] == "default"])
-        else:
-            plot_latency(axes, rows)
-        axes.set_title(f"{result['gpu']}, torch {result['torch']}", fontsize=9)
+            figure, axes = plt.subplots(figsize=(8, 4.5))
+            if "attend_us" in rows[0]:
+                plot_stages(axes, [row for row in rows if row["mode"] == "default"])
+            else:
+                plot_latency(axes, rows)
+            axes.set_title(f"{result['gpu']}, torch {result['torch']}", fontsize=9)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"cannot plot {path} ({reason}); give a file that bench.py --json wrote") from error
         figure.tight_layout()
         with atomic_path(path.with_suffix(".png")) as beside:
             figure.savefig(beside, dpi=120, format="png")
@@ -360,7 +361,7 @@ def plot_latency(axes, rows: list[dict]) -> None:
 # --------------------------------------------------------------------------------------------------------------- command
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     part = commands.add_parser("attention", help="one layer's attention, by stage")
     part.add_argument("--cases", nargs="+", default=CASES, help="batch x context x sparsity")

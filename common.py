@@ -1,10 +1,13 @@
 """What every command shares: one-line errors, files that are never half-written, facts about the machine."""
+import argparse
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -13,8 +16,17 @@ class UserError(Exception):
     """A mistake the user can mend. The message says what is wrong, where, and what to do, on one line."""
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are UserErrors too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists what there is")
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line's `main`; a UserError or an exhausted memory becomes one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     try:
         main()
     except UserError as error:
@@ -23,6 +35,10 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(fail(f"out of GPU memory: {str(error).splitlines()[0]} Use a smaller --max_seq_length or --batch_size."))
     except MemoryError:
         sys.exit(fail("out of memory. Use a smaller model, --max_seq_length or --batch_size."))
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        sys.exit(fail(f"out of memory ({error}). Use a smaller model, --max_seq_length or --batch_size."))
     except BrokenPipeError:  # the reader of a pipe has left; the interpreter must not complain again when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -59,6 +75,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise UserError(f"--device {device} is not there; this machine has: {default_device()}")
+
+
+def can_compile(device: str) -> bool:
+    """Whether Inductor has what it needs; where it has not, a line of warning."""
+    compiler = os.environ.get("CXX", "g++")  # as Inductor chooses it
+    if device != "cpu" or shutil.which(compiler) is not None:
+        return True
+    print(f"warning: no C++ compiler ({compiler}) found, so nothing is compiled", file=sys.stderr)
+    return False
 
 
 def environment() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
     python generate.py --checkpoint_path checkpoints/smollm2-135m-instruct --prompt "Once upon a time" --compile
     python generate.py --checkpoint_path ... --prompt_file book.txt --chat --attention hash --sparsity 16 --signatures FILE
+    python generate.py --checkpoint_path ... --prompts questions.jsonl --max_seq_length auto --json
 """
 import argparse
 import contextlib
@@ -9,22 +10,28 @@ import functools
 import hashlib
 import json
 import math
-import os
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from checkpoint import PRESETS, load_model, random_model
-from common import UserError, atomic_path, default_device, environment, run_command
-from decode import Decoder, Sampling, decode, prefill, sample
+from common import (
+    Parser,
+    UserError,
+    atomic_path,
+    can_compile,
+    check_device,
+    default_device,
+    environment,
+    run_command,
+)
+from decode import PREFILL_CHUNK, Decoder, Sampling, bytes_per_step, decode_all, prefill, sample, synchronize, tokens_read
 from hash_attention import HashConfig, load_signatures, random_encoders
 from model import SparseSettings, Transformer, TransformerBlock
 from tokenizer import TextStream, Tokenizer
@@ -43,21 +50,16 @@ class Sample:
     steps: int
 
 
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
 class Session:
     """A loaded model with caches and a decode step; runs prompts through it."""
 
     def __init__(self, options: argparse.Namespace, model: Transformer, tokenizer: Tokenizer | None, length: int,
                  settings: SparseSettings | None, encoders: list | None) -> None:
-        self.options, self.model, self.tokenizer, self.length = options, model, tokenizer, length
-        self.settings = settings
+        self.options, self.model, self.tokenizer, self.length, self.settings = options, model, tokenizer, length, settings
         model.setup_caches(options.batch_size, length, encoders, settings)
         self.sampling = Sampling(options.temperature, options.top_k)
-        self.decoder = Decoder(model, options.batch_size, self.sampling, options.compile)
+        self.stop_ids = frozenset() if options.ignore_eos or tokenizer is None else tokenizer.stop_ids
+        self.decoder = Decoder(model, options.batch_size, self.sampling, options.compile, self.stop_ids)
         self.compile_s = self.decoder.prepare()
         if options.compile_prefill:
             self.compile_s += self.prepare_prefill()
@@ -73,54 +75,47 @@ class Session:
         prefill(self.model, torch.zeros(min(16, self.length), dtype=torch.int64, device=self.decoder.token.device), 1)
         return time.perf_counter() - started
 
-    def first_token(self, ids: list[int]) -> Tensor:
-        """Put a prompt into the cache -> the first new token of every sequence, int64 [B].
+    def first_token(self, prompts: list[list[int]]) -> Tensor:
+        """Put prompts into the cache, one for all sequences or one for each -> the first new token of each, int64 [B].
 
-        What the cache already holds of it is kept. The last `sparse_tail` tokens go through decode steps.
+        What the cache already holds of a single one is kept. The last `sparse_tail` tokens go through decode steps.
         """
-        kept = 0
-        for old, new in zip(self.cached, ids[:-1], strict=False):
-            if old != new:
-                break
-            kept += 1
-        tail = min(self.options.sparse_tail, len(ids) - kept - 1)
-        device = self.decoder.token.device
-        prompt = torch.tensor(ids, dtype=torch.int64, device=device)
-        body = len(ids) - tail
-        logits = prefill(self.model, prompt[kept:body], self.options.batch_size, kept)
-        self.cached = list(ids)
-        if tail == 0:
-            return sample(logits.expand(self.options.batch_size, -1), self.sampling)
-        for i in range(body, len(ids)):
-            self.decoder.start(prompt[i].expand(self.options.batch_size), i)
+        options, device = self.options, self.decoder.token.device
+        cached = self.cached if len(prompts) == 1 else []
+        same = [old == new for old, new in zip(cached, prompts[0][:-1], strict=False)]
+        kept = [*same, False].index(False)
+        tails = [min(options.sparse_tail, len(ids) - kept - 1) for ids in prompts]
+        logits = torch.stack([
+            prefill(self.model, torch.tensor(ids[kept:len(ids) - tail], device=device), options.batch_size // len(prompts),
+                    kept, chunk=options.prefill_chunk, row=row)
+            for row, (ids, tail) in enumerate(zip(prompts, tails, strict=True))])
+        self.cached = list(prompts[0]) if len(prompts) == 1 else []
+        for back in range(max(tails), 0, -1):
+            # a shorter tail waits at its first token, which is written again to the same place
+            at = [len(ids) - min(back, max(tail, 1)) for ids, tail in zip(prompts, tails, strict=True)]
+            tokens = torch.tensor([ids[i] for ids, i in zip(prompts, at, strict=True)], device=device)
+            self.decoder.start(tokens.expand(options.batch_size), torch.tensor(at, device=device))
             self.decoder.step()
-        return self.decoder.token[:, 0].clone()
+            logits = self.decoder.logits
+        return sample(logits.expand(options.batch_size, -1), self.sampling)
 
     def run(self, ids: list[int], emit: Callable[[int], None]) -> Sample:
         """Prefill and decode one prompt, handing the first sequence's new tokens to `emit` as they come."""
-        options, decoder = self.options, self.decoder
-        stop_ids = frozenset() if options.ignore_eos or self.tokenizer is None else self.tokenizer.stop_ids
-        synchronize(options.device)
+        return self.run_batch([ids], lambda row, token, last: emit(token) if row == 0 else None)
+
+    def run_batch(self, prompts: list[list[int]], emit: Callable[[int, int, bool], None]) -> Sample:
+        """Prefill and decode one prompt for all sequences or one for each; `emit` as in decode_all."""
+        synchronize(self.options.device)
         started = time.perf_counter()
-        first = self.first_token(ids)
-        synchronize(options.device)
+        first = self.first_token(prompts)
+        synchronize(self.options.device)
         prefilled = time.perf_counter()
-        tokens: list[list[int]] = [[] for _ in range(options.batch_size)]
-        running = [True] * options.batch_size
-        steps = 0
-        for row in decode(decoder, first, len(ids), min(options.max_new_tokens, self.length - len(ids))):
-            steps += 1
-            for i, token in enumerate(row):
-                if running[i]:
-                    tokens[i].append(token)
-                    running[i] = token not in stop_ids
-                    if i == 0:
-                        emit(token)
-            if not any(running):
-                break
-        synchronize(options.device)
-        self.cached = ids + tokens[0][:-1]  # the newest token has no K and V yet
-        return Sample(tokens, prefilled - started, time.perf_counter() - prefilled, steps - 1)
+        lengths = torch.tensor([len(ids) for ids in prompts], device=first.device)
+        count = min(self.options.max_new_tokens, self.length - max(map(len, prompts)))
+        tokens, steps = decode_all(self.decoder, first, lengths, count, self.stop_ids, emit)
+        if len(prompts) == 1:
+            self.cached = prompts[0] + tokens[0][:-1]  # the newest token has no K and V yet
+        return Sample(tokens, prefilled - started, time.perf_counter() - prefilled, steps)
 
     @torch.inference_mode()
     def teacher_force(self, ids: list[int], tokens: list[int]) -> tuple[float, float]:
@@ -141,29 +136,6 @@ class Session:
 
 # ---------------------------------------------------------------------------------------------------------------- report
 
-def tokens_read(settings: SparseSettings | None, model: Transformer, length: int) -> float:
-    """Tokens whose K and V one decode step reads, mean over the layers, at a cache of `length` tokens."""
-    if settings is None:
-        return length
-    dense = min(settings.dense_layers, model.args.n_layer) / model.args.n_layer
-    return dense * length + (1 - dense) * min(settings.budget, length)
-
-
-def bytes_per_step(model: Transformer, settings: SparseSettings | None, length: int, batch: int) -> int:
-    """Bytes that one decode step must read at a cache of `length`: weights once, K, V and signatures per sequence."""
-    args, weight = model.args, model.tok_embeddings.weight
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    if not args.tie_embeddings:
-        weights -= weight.numel() * weight.element_size()  # of the input table a step reads one row
-    row = 2 * args.n_kv_head * args.head_dim * weight.element_size()  # K and V of one token, without share="query"
-    signatures = 0
-    for layer in model.layers:
-        encoder = layer.attention.encoder
-        if encoder is not None and layer.attention.sparse is not None:
-            signatures += encoder.n_signature_head * encoder.config.words * 4 * length
-    return int(weights + batch * (args.n_layer * row * tokens_read(settings, model, length) + signatures))
-
-
 def peak_memory_gib(device: str) -> float:
     """Most memory that this process has held: on the GPU, or resident on the host for a CPU run."""
     if device.startswith("cuda"):
@@ -171,8 +143,8 @@ def peak_memory_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
-def report(session: Session, ids: list[int], samples: list[Sample], texts: list[str]) -> dict:
-    """Everything that a run measured, as --json prints it."""
+def report(session: Session, prompts: list[list[int]], samples: list[Sample], texts: list[str]) -> dict:
+    """Everything that a run measured, as --json prints it. What is of each prompt is a list where there are several."""
     options, model = session.options, session.model
     last = samples[-1]
     decode_s = sum(s.decode_s for s in samples)
@@ -180,24 +152,26 @@ def report(session: Session, ids: list[int], samples: list[Sample], texts: list[
     caches = [layer.attention.cache for layer in model.layers]
     kv_bytes = sum(c.k.nbytes + c.v.nbytes for c in caches)
     ms = 1000 * decode_s / steps if steps else None
+    lengths, hashes = [len(ids) for ids in prompts], [prompt_hash(ids) for ids in prompts]
+    length = sum(lengths) / len(prompts) + last.steps // 2
     return {
-        "prompt_tokens": len(ids),
-        "prompt_sha256": prompt_hash(ids),
+        "prompt_tokens": lengths if len(prompts) > 1 else lengths[0],
+        "prompt_sha256": hashes if len(prompts) > 1 else hashes[0],
         "new_tokens": [tokens for s in samples for tokens in s.tokens],
         "text": texts,
         "prefill_s": last.prefill_s,
-        "prefill_tok_s": len(ids) / last.prefill_s,
-        "decode_tok_s": 1000 * options.batch_size / ms if ms else None,
+        "prefill_tok_s": sum(lengths) / last.prefill_s,
+        "decode_tok_s": sum(len(tokens) - 1 for s in samples for tokens in s.tokens) / decode_s if ms else None,
         "ms_per_token": ms,
-        "bandwidth_gb_s": bytes_per_step(model, session.settings, len(ids) + last.steps // 2, options.batch_size) / ms / 1e6
-        if ms else None,
+        "bandwidth_gb_s": bytes_per_step(model, session.settings, length, options.batch_size) / ms / 1e6 if ms else None,
         "compile_s": session.compile_s,
         "peak_memory_gib": peak_memory_gib(options.device),
         "kv_bytes": kv_bytes,
         "signature_bytes": sum(c.signatures.nbytes for c in caches if c.signatures is not None),
         "attention": options.attention,
+        "temperature": options.temperature,
         "budget": session.settings.budget if session.settings else None,
-        "tokens_read": tokens_read(session.settings, model, len(ids) + last.steps // 2),
+        "tokens_read": tokens_read(session.settings, model, length),
         "device": options.device,
         "dtype": options.precision,
         "versions": environment(),
@@ -211,7 +185,8 @@ def prompt_hash(ids: list[int]) -> str:
 def print_summary(result: dict) -> None:
     """The few numbers that a person wants, on stderr so that stdout is the text."""
     rate = f"{result['decode_tok_s']:.1f} tok/s, {result['ms_per_token']:.1f} ms/token" if result["ms_per_token"] else "-"
-    print(f"prefill: {result['prompt_tokens']} tokens in {result['prefill_s']:.2f} s ({result['prefill_tok_s']:.0f} tok/s)\n"
+    tokens = result["prompt_tokens"] if isinstance(result["prompt_tokens"], int) else sum(result["prompt_tokens"])
+    print(f"prefill: {tokens} tokens in {result['prefill_s']:.2f} s ({result['prefill_tok_s']:.0f} tok/s)\n"
           f"decode:  {rate}" + (f" ({result['bandwidth_gb_s']:.1f} GB/s)" if result["bandwidth_gb_s"] else "") +
           f", {result['attention']}, {result['tokens_read']:.0f} tokens read per step\n"
           f"memory:  {result['peak_memory_gib']:.2f} GiB at most; K and V {result['kv_bytes'] / 2 ** 20:.1f} MiB, "
@@ -236,11 +211,6 @@ def print_comparison(before: dict, now: dict) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- command
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists what there is")
-
-
 def int_or_str(text: str) -> int | str:
     try:
         return int(text)
@@ -257,16 +227,18 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     prompts.add_argument("--prompt", type=int_or_str, default="Hello, my name is", help="text, or how many random tokens")
     prompts.add_argument("--prompt_file", type=Path, help="a text file")
     prompts.add_argument("--prompt_ids", help="token ids: 1,2,3 (needs no tokenizer)")
+    prompts.add_argument("--prompts", type=Path, help="a batch: one JSON object a line with prompt (text), messages or ids")
     add("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     add("--interactive", action="store_true", help="chat in turns; the cache is kept between them")
     add("--num_samples", type=int, default=1)
     add("--max_new_tokens", type=int, default=200)
-    add("--batch_size", type=int, default=1, help="sequences decoded together, all from the same prompt")
+    add("--batch_size", type=int, help="sequences decoded together from one prompt (default 1); with --prompts its lines")
     add("--top_k", type=int, default=200)
     add("--temperature", type=float, default=0.8, help="0 is greedy")
     add("--seed", type=int, default=1234)
     add("--ignore_eos", action="store_true", help="go on after an end token")
-    add("--max_seq_length", type=int, help="cache length; default: prompt + new tokens")
+    add("--max_seq_length", type=int_or_str, help="cache length, or auto: what fits; default: prompt + new tokens")
+    add("--prefill_chunk", type=int, default=PREFILL_CHUNK, help="prompt tokens read at a time (default 2048)")
     add("--attention", choices=("dense", "hash"), default="dense")
     add("--signatures", type=Path, help="file that train_hash.py wrote")
     sizes = parser.add_mutually_exclusive_group()
@@ -284,14 +256,15 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", action="store_true", help="the last line of stdout is one JSON object")
     add("--save", type=Path, help="write that object to a file")
     add("--compare", type=Path, help="a --save file of the same prompt: teacher-force its tokens, print a table")
-    add("--no_stream", action="store_true")
+    add("--no_stream", action="store_true", help="print the texts when all are done; with --json only there")
     return check_options(parser.parse_args(argv))
 
 
 def check_options(options: argparse.Namespace) -> argparse.Namespace:
     """Refuse flags out of range or at odds with each other; fill in what depends on the device."""
     ranges = {"seed": (0, 2 ** 63 - 1), "temperature": (0, 1e3), "sparsity": (1, 1e9), "prompt": (1, LARGEST)}
-    ranges |= dict.fromkeys(("num_samples", "max_new_tokens", "batch_size", "top_k", "max_seq_length", "budget"), (1, LARGEST))
+    counts = ("num_samples", "max_new_tokens", "batch_size", "top_k", "max_seq_length", "prefill_chunk", "budget")
+    ranges |= dict.fromkeys(counts, (1, LARGEST))
     ranges |= dict.fromkeys(("sink", "recent", "dense_layers", "sparse_tail"), (0, LARGEST))
     for flag, (low, high) in ranges.items():
         value = getattr(options, flag)
@@ -300,27 +273,37 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
 
     if (options.checkpoint_path is None) == (options.random_weights is None):
         raise UserError("give either --checkpoint_path FOLDER or --random_weights PRESET")
-    has_text = options.prompt_file is not None or (options.prompt_ids is None and isinstance(options.prompt, str))
-    if options.random_weights is not None and has_text:
+    if isinstance(options.max_seq_length, str) and options.max_seq_length != "auto":
+        raise UserError(f"--max_seq_length {options.max_seq_length} is neither a number nor auto")
+    options.lines = read_lines(options.prompts) if options.prompts is not None else []
+    options.has_text = options.prompt_file is not None or (options.prompt_ids is None and isinstance(options.prompt, str))
+    if options.lines:
+        options.has_text = not all(isinstance(line[0], int) for line in options.lines)
+    if options.random_weights is not None and options.has_text:
         raise UserError("random weights have no tokenizer; give --prompt NUMBER or --prompt_ids 1,2,3")
     clashes = [
-        (not has_text, "a prompt of token ids is no chat", ("chat", "interactive")),
-        (options.interactive, "--interactive shows a chat alone", ("prompt_file", "profile", "json", "save", "compare")),
+        (not options.has_text, "a prompt of token ids is no chat", ("chat", "interactive")),
+        (options.interactive, "--interactive shows a chat alone", ("prompt_file", "prompts", "profile", "json", "save")),
+        (options.interactive or options.lines, "--compare repeats a single prompt", ("compare",)),
         (options.attention == "dense", "--attention is dense, which reads all tokens", ("signatures", "budget", "sparsity")),
     ]
     for clash, reason, flags in clashes:
         for flag in flags:
             if clash and getattr(options, flag) not in (None, False):
                 raise UserError(f"{reason}; leave --{flag} out")
+    if options.lines and options.batch_size not in (None, len(options.lines)):
+        raise UserError(f"{options.prompts} has {len(options.lines)} prompts; leave --batch_size {options.batch_size} out")
+    options.batch_size = options.batch_size or max(len(options.lines), 1)
     if options.interactive and (options.batch_size > 1 or options.num_samples > 1):
         raise UserError("--interactive serves one sequence; leave --batch_size and --num_samples out")
-    if options.device != "cpu" and not (options.device.startswith("cuda") and torch.cuda.is_available()):
-        raise UserError(f"--device {options.device} is not there; this machine has: {default_device()}")
+    least, budget = options.sink + options.recent, options.budget or 2048
+    if options.attention == "hash" and options.sparsity is None and budget < least:
+        raise UserError(f"--budget {budget} is less than --sink {options.sink} plus --recent {options.recent}; "
+                        f"give at least {least}")
+    check_device(options.device)
     if options.precision is None:
         options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
-    compiler = os.environ.get("CXX", "g++")  # as Inductor chooses it
-    if (options.compile or options.compile_prefill) and options.device == "cpu" and shutil.which(compiler) is None:
-        print(f"warning: no C++ compiler ({compiler}) found, so nothing is compiled", file=sys.stderr)
+    if (options.compile or options.compile_prefill) and not can_compile(options.device):
         options.compile = options.compile_prefill = False
     return options
 
@@ -332,31 +315,68 @@ def read_tokenizer(options: argparse.Namespace) -> Tokenizer | None:
     try:
         return Tokenizer.load(options.checkpoint_path)
     except UserError:
-        if options.prompt_ids is None:
+        if options.has_text:
             raise
         return None
 
 
-def read_prompt(options: argparse.Namespace, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
-    """The prompt's token ids."""
+def read_lines(path: Path) -> list[str | list[dict] | list[int]]:
+    """What each line of a --prompts file gives: a text, the messages of a chat, or token ids."""
+    prompts = []
+    for number, line in enumerate(read_text(path).rstrip().split("\n"), 1):
+        try:
+            fields = json.loads(line)
+            (name,) = {"prompt", "messages", "ids"} & fields.keys()
+            value = fields[name]
+            if name == "messages":
+                good = all(isinstance(message[key], str) for message in value for key in ("role", "content"))
+            else:
+                good = isinstance(value, str) if name == "prompt" else all(type(token) is int for token in value)
+            if not good or not value:
+                raise ValueError(value)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} line {number} is no prompt; give a JSON object with one of prompt (a text), messages "
+                            "(objects with role and content) and ids (numbers)") from error
+        prompts.append(value)
+    return prompts
+
+
+def read_prompts(options: argparse.Namespace, tokenizer: Tokenizer | None, vocab_size: int) -> list[tuple[list[int], bool]]:
+    """Token ids of each prompt, and whether it is a chat."""
+    if options.lines:
+        prompts = []
+        for number, line in enumerate(options.lines, 1):
+            try:
+                prompts.append(encode(line, options, tokenizer, vocab_size))
+            except UserError as error:
+                raise UserError(f"{options.prompts} line {number}: {error}") from error
+        return prompts
+    source = options.prompt if options.prompt_file is None else read_text(options.prompt_file)
     if options.prompt_ids is not None:
         try:
-            ids = [int(part) for part in options.prompt_ids.split(",")]
+            source = [int(part) for part in options.prompt_ids.split(",")]
         except ValueError as error:
             raise UserError(f"--prompt_ids {options.prompt_ids!r} is not a list of numbers such as 1,2,3") from error
-    elif options.prompt_file is None and isinstance(options.prompt, int):
-        generator = torch.Generator().manual_seed(options.seed)
-        ids = torch.randint(vocab_size, (options.prompt,), generator=generator).tolist()
-    else:
-        text = options.prompt if options.prompt_file is None else read_text(options.prompt_file)
-        ids = tokenizer.encode_chat([{"role": "user", "content": text}]) if options.chat else tokenizer.encode(text)
+    elif isinstance(source, int):
+        source = torch.randint(vocab_size, (source,), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    return [encode(source, options, tokenizer, vocab_size)]
+
+
+def encode(source: str | list[dict] | list[int], options: argparse.Namespace, tokenizer: Tokenizer | None,
+           vocab_size: int) -> tuple[list[int], bool]:
+    """Token ids of a text, of messages or as they are, checked; and whether they are a chat."""
+    if options.chat and isinstance(source, str):
+        source = [{"role": "user", "content": source}]
+    ids, is_chat = source, not isinstance(source, str) and isinstance(source[0], dict)
+    if is_chat or isinstance(source, str):
+        ids = tokenizer.encode_chat(source) if is_chat else tokenizer.encode(source)
     if not ids:
         raise UserError("the prompt is empty; give at least one token")
     for token in ids:
         if not 0 <= token < vocab_size:
             raise UserError(f"token id {token} is outside the model's vocabulary; give ids from 0 to {vocab_size - 1}, "
                             "or text with the model's own tokenizer")
-    return ids
+    return ids, is_chat
 
 
 def read_text(path: Path) -> str:
@@ -370,10 +390,12 @@ def read_text(path: Path) -> str:
 
 
 def cache_length(options: argparse.Namespace, model: Transformer, prompt_tokens: int) -> int:
-    """Tokens that the cache must hold, checked against the flags and the model."""
+    """Tokens that the cache must hold (auto: at most), checked against the flags and the model."""
     limit = min(model.args.max_position, model.args.sliding_window or model.args.max_position)
     needed = prompt_tokens + options.max_new_tokens
     length = options.max_seq_length or (limit if options.interactive else needed)
+    if length == "auto":
+        length = max(limit, needed)
     if needed > length:
         raise UserError(f"{prompt_tokens} prompt and {options.max_new_tokens} new tokens do not fit --max_seq_length {length}; "
                         f"give --max_seq_length {needed}, a shorter prompt or fewer --max_new_tokens")
@@ -385,13 +407,9 @@ def cache_length(options: argparse.Namespace, model: Transformer, prompt_tokens:
 
 def sparse_settings(options: argparse.Namespace, length: int, tokens: int) -> SparseSettings:
     """Resolve --budget or --sparsity for prompt and new tokens together (`tokens`) and a cache of `length`."""
-    least = options.sink + options.recent
     budget = options.budget or 2048
     if options.sparsity is not None:
-        budget = max(64 * math.ceil(tokens / options.sparsity / 64), least + 64)
-    elif budget < least:
-        raise UserError(f"--budget {budget} is less than --sink {options.sink} plus --recent {options.recent}; "
-                        f"give at least {least}")
+        budget = max(64 * math.ceil(tokens / options.sparsity / 64), options.sink + options.recent + 64)
     return SparseSettings(min(budget, length), options.sink, options.recent, options.dense_layers)
 
 
@@ -403,28 +421,39 @@ def load_encoders(options: argparse.Namespace, model: Transformer) -> list:
     return random_encoders(HashConfig(), model.fingerprint(), options.seed)
 
 
-def check_memory(options: argparse.Namespace, model: Transformer, length: int, encoders: list | None) -> None:
-    """Refuse caches that do not fit before they are allocated, naming the longest context that does."""
-    args, weight = model.args, model.tok_embeddings.weight
-    per_token = 2 * args.n_kv_head * args.head_dim * weight.element_size() * args.n_layer
-    if encoders is not None:
-        per_token += sum(e.n_signature_head * e.config.words * 4 for e in encoders[options.dense_layers:])
-    per_token *= options.batch_size
+def plan_memory(options: argparse.Namespace, model: Transformer, length: int, needed: int, encoders: list | None) -> int:
+    """Print what weights and caches of `length` tokens take, or refuse, before they are allocated -> the cache's length.
+
+    With --max_seq_length auto that is as much of `length` as fits, `needed` at least.
+    """
+    args, weight, batch = model.args, model.tok_embeddings.weight, options.batch_size
+    row = batch * 2 * args.n_kv_head * args.head_dim * weight.element_size() * args.n_layer
+    signature_row = batch * sum(e.n_signature_head * e.config.words * 4 for e in (encoders or [])[options.dense_layers:])
     free = free_memory(options.device)
-    if per_token * length > free:
-        raise UserError(f"the caches for {options.batch_size} x {length} tokens take {per_token * length / 2 ** 30:.1f} GiB, "
-                        f"{free / 2 ** 30:.1f} GiB are free, and at most {int(free // per_token)} tokens fit; "
+    fits = free // (row + signature_row)
+    if options.max_seq_length == "auto":
+        length = max(needed, min(length, fits))
+    if length > fits:
+        raise UserError(f"the caches for {batch} x {length} tokens take {(row + signature_row) * length / 2 ** 30:.1f} GiB, "
+                        f"{free / 2 ** 30:.1f} GiB are free for them, and at most {fits} tokens fit; "
                         "shorten the prompt, --max_new_tokens or --max_seq_length, or use a smaller --batch_size")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    print(f"memory plan: weights {weights / 2 ** 30:.2f} GiB, K and V {row * length / 2 ** 30:.2f} GiB, signatures "
+          f"{signature_row * length / 2 ** 20:.1f} MiB for {f'{batch} x ' if batch > 1 else ''}{length} tokens; "
+          f"up to {fits} tokens fit", file=sys.stderr)
+    return length
 
 
 def free_memory(device: str) -> int:
-    """Bytes free on the device."""
+    """Bytes free for caches on the device: a tenth, 1 GiB at most, is left to what a prefill chunk and a step work with."""
+    free = sys.maxsize
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info()[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024
-    return sys.maxsize
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                free = int(line.split()[1]) * 1024
+    return free - min(free // 10, 2 ** 30)
 
 
 def read_comparison(options: argparse.Namespace, ids: list[int], vocab_size: int) -> dict:
@@ -440,6 +469,8 @@ def read_comparison(options: argparse.Namespace, ids: list[int], vocab_size: int
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"cannot use --compare {path} ({reason}); give a file that --save wrote") from error
+    if before.get("temperature") != 0:
+        raise UserError(f"--compare {path} was sampled, so its tokens are not that run's choices; save one of --temperature 0")
     if not same:
         raise UserError(f"--compare {path} is of another prompt or model; run both with the same")
     if not 2 <= len(tokens) <= options.max_new_tokens:
@@ -469,6 +500,24 @@ class NewText(TextStream):
         return "".join([*map(self.put, ids), self.end()])
 
 
+class Display:
+    """Prints new text: of a single prompt its first sequence as it comes; of several each when it has ended, as `[i] text`."""
+
+    def __init__(self, tokenizer: Tokenizer, contexts: list[list[int]]) -> None:
+        self.streams = [NewText(tokenizer, context) for context in contexts]
+        self.texts = [f"[{i}] " for i in range(len(contexts))]
+
+    def put(self, i: int, token: int, last: bool) -> None:
+        if len(self.streams) > 1:
+            self.texts[i] += self.streams[i].put(token)
+            if last:
+                print(self.texts[i] + self.streams[i].end(), flush=True)
+        elif i == 0:
+            self.streams[0].show(token)
+            if last:
+                print(self.streams[0].end())
+
+
 def chat(session: Session) -> None:
     """Turns on the terminal until an empty line; only what is new of a turn is prefilled."""
     messages: list[dict] = []
@@ -481,9 +530,12 @@ def chat(session: Session) -> None:
             return
         messages.append({"role": "user", "content": turn})
         ids = session.tokenizer.encode_chat(messages)
-        if len(ids) >= session.length:
+        left = session.length - len(ids)
+        if left <= 0:
             raise UserError(f"the conversation of {len(ids)} tokens has filled the cache of {session.length}; "
                             "start again with a larger --max_seq_length")
+        if left < session.options.max_new_tokens:
+            print(f"note: {left} of {session.length} tokens are left; the conversation ends with them", file=sys.stderr)
         stream = NewText(session.tokenizer, [])
         answer = session.run(ids, stream.show)
         print(stream.end())
@@ -501,45 +553,46 @@ def main() -> None:
     if options.device.startswith("cuda"):
         torch.cuda.set_device(model.tok_embeddings.weight.device)  # kernels run on the current one
     tokenizer = read_tokenizer(options)
-    ids = [] if options.interactive else read_prompt(options, tokenizer, model.args.vocab_size)
-    length = cache_length(options, model, len(ids))
-    before = read_comparison(options, ids, model.args.vocab_size) if options.compare else None
-    settings = encoders = None
-    if options.attention == "hash":
-        tokens = length if options.interactive else len(ids) + options.max_new_tokens
-        settings = sparse_settings(options, length, tokens)
-        encoders = load_encoders(options, model)
-    check_memory(options, model, length, encoders)
+    read = [] if options.interactive else read_prompts(options, tokenizer, model.args.vocab_size)
+    prompts = [ids for ids, _ in read]
+    longest = max(map(len, prompts), default=0)
+    length = cache_length(options, model, longest)
+    before = read_comparison(options, prompts[0], model.args.vocab_size) if options.compare else None
+    encoders = load_encoders(options, model) if options.attention == "hash" else None
+    length = plan_memory(options, model, length, longest + options.max_new_tokens, encoders)
+    tokens = length if options.interactive else longest + options.max_new_tokens
+    settings = sparse_settings(options, length, tokens) if encoders is not None else None
     session = Session(options, model, tokenizer, length, settings, encoders)
     if options.interactive:
         chat(session)
         return
 
-    context = [] if options.chat else ids  # an answer is a text of its own
+    contexts = [[] if is_chat else ids for ids, is_chat in read]  # an answer in a chat is a text of its own
     samples: list[Sample] = []
     texts: list[str] = []
     profiler = torch.profiler.profile() if options.profile is not None else contextlib.nullcontext()
     for i in range(options.num_samples):
         session.cached = []  # every sample pays for its own prefill
-        stream = NewText(tokenizer, context) if tokenizer is not None and not options.no_stream else None
+        show = Display(tokenizer, contexts).put if tokenizer is not None and not options.no_stream else lambda *new: None
         with profiler if i == options.num_samples - 1 else contextlib.nullcontext():
-            samples.append(session.run(ids, stream.show if stream is not None else lambda token: None))
-        if stream is not None:
-            print(stream.end())
+            samples.append(session.run_batch(prompts, show))
         if tokenizer is not None:
-            texts += [NewText(tokenizer, context).whole(tokens) for tokens in samples[-1].tokens]
+            texts += [NewText(tokenizer, contexts[row % len(contexts)]).whole(tokens)
+                      for row, tokens in enumerate(samples[-1].tokens)]
+    if options.no_stream and not options.json:
+        print("\n".join(texts))
     if options.profile is not None:
         with atomic_path(options.profile) as beside:
             profiler.export_chrome_trace(str(beside))
-    result = report(session, ids, samples, texts)
+    result = report(session, prompts, samples, texts)
     print_summary(result)
     if before is not None:
-        agreement, likelihood = session.teacher_force(ids, before["new_tokens"][0])
+        agreement, likelihood = session.teacher_force(prompts[0], before["new_tokens"][0])
         result |= {"agreement": agreement, "perplexity_ratio": math.exp(before["log_likelihood"] - likelihood)}
         print_comparison(before, result)
     if options.save is not None:
         tokens = samples[-1].tokens[0]
-        saved = result | {"log_likelihood": session.teacher_force(ids, tokens)[1] if len(tokens) > 1 else None}
+        saved = result | {"log_likelihood": session.teacher_force(prompts[0], tokens)[1] if len(tokens) > 1 else None}
         with atomic_path(options.save) as beside:
             beside.write_text(json.dumps(saved))
     if options.json:

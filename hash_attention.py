@@ -223,6 +223,8 @@ def select_tokens_reference(planes: Tensor, signatures: Tensor, seq_lens: Tensor
     """
     K = _slots(budget, K)
     S = signatures.shape[2]
+    if not isinstance(budget, Tensor) and budget < min(sink + recent, S):
+        raise ValueError(f"the budget of {budget} tokens is under sink {sink} plus recent {recent}")
     position = torch.arange(S, dtype=torch.int32, device=signatures.device)
     length = seq_lens[:, None, None]  # [B, 1, 1]
     bins = score_bins(score_reference(planes, signatures), planes, shift)

@@ -1,8 +1,8 @@
 """Triton kernels of hash attention. hash_attention.py holds the definitions (`*_reference`) and the symbols used here.
 
 rope_encode_append   a step's queries, keys and values: rotate, encode, write to the cache   one kernel
-select_tokens        score -> bins and histograms per block -> threshold -> compaction       two kernels
-sparse_attention     split-K flash decoding over gathered cache rows, combine                two kernels
+select_tokens        score and count by eighth bin, count by bin, write the selected          three kernels
+sparse_attention     split-K flash decoding over gathered cache rows, combine                one or two kernels
 dense_attention      split-K flash attention over the whole prefix, combine                  one or two kernels
 
 Each is a torch.library custom op: torch.compile(fullgraph=True) keeps it whole, and a CUDA graph can capture it, for nothing
@@ -126,7 +126,7 @@ def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight
     column = tl.arange(0, BLOCK)
     token = batch * T + t
     _after_previous()
-    position = tl.load(seq_lens + batch) - T + t
+    position = tl.load(seq_lens + batch).to(tl.int64) - T + t
     qkv += token * ((HQ + 2 * HKV) * D)
     angle_cos = tl.load(cos + token * HALF + column, mask=column < HALF, other=0.0)
     angle_sin = tl.load(sin + token * HALF + column, mask=column < HALF, other=0.0)
@@ -434,10 +434,11 @@ def _compact_kernel(seq_lens, ranks, counts, fine_counts, indices, budgets, budg
     # the tokens that are in by their position, and the slots that nothing fills
     for first in range(block * STEP, low, n_blocks * STEP):
         position = first + tl.arange(0, STEP)
-        tl.store(indices + position, position, mask=position < low)
+        tl.store(indices + position, position, mask=position < tl.minimum(low, filled))
     for first in range(high + block * STEP, length, n_blocks * STEP):
         position = first + tl.arange(0, STEP)
-        tl.store(indices + filled - length + position, position, mask=position < length)
+        slot = filled - length + position
+        tl.store(indices + slot, position, mask=(position < length) & (slot >= 0))
     for first in range(filled + block * STEP, K, n_blocks * STEP):
         slot = first + tl.arange(0, STEP)
         tl.store(indices + slot, tl.full([STEP], -1, tl.int32), mask=slot < K)
@@ -450,8 +451,10 @@ def select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: 
     planes int32 [B, Hs, 1 + P, W], signatures int32 [B, Hs, S, W], seq_lens int32 [B], budget int or int32 [Hs]
     -> indices int32 [B, Hs, K].
     """
-    if isinstance(budget, Tensor):
+    if isinstance(budget, Tensor):  # its values are on the device: one under sink + recent gives a smaller set, not an error
         return _select_tokens(planes, signatures, seq_lens, K, budget, sink, recent, K, shift)
+    if budget < min(sink + recent, signatures.shape[2]):
+        raise ValueError(f"the budget of {budget} tokens is under sink {sink} plus recent {recent}")
     return _select_tokens(planes, signatures, seq_lens, budget, None, sink, recent, K, shift)
 
 

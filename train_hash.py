@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import load_model
-from common import UserError, default_device, environment, run_command
+from common import Parser, UserError, check_device, default_device, environment, run_command
 from hash_attention import Fingerprint, HashConfig, HashEncoder, random_encoders, save_signatures, select_tokens_reference
 from model import Transformer, causal_attention
 from needles import make_needle
@@ -365,7 +365,7 @@ def table(held_out: dict[str, list[dict[str, float]]]) -> str:
 # --------------------------------------------------------------------------------------------------------------- command
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint_path", type=Path, required=True, help="folder of the model in Hugging Face's format")
     parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="text files or globs to train on")
     parser.add_argument("--out", type=Path, required=True, help="the signatures file to write")
@@ -388,6 +388,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
+    check_device(args.device)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -4,7 +4,6 @@ usage: python scripts/convert_gguf.py model.gguf checkpoints/model [--dtype bflo
 
 Quantised tensors are dequantised; the tokenizer is rebuilt from the vocabulary and merges inside the file.
 """
-import argparse
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from tokenizers.models import BPE
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import UserError, run_command
+from common import Parser, UserError, run_command
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,6 +31,15 @@ MERGE = "merge a split file first (gguf-split --merge), or download it again"
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+# what the metadata of these architectures may say; anything else could change the maths and is refused
+KNOWN_FIELDS = {
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window", "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor",
+    "rope.scaling.original_context_length", "rope.scaling.finetuned",
+}
 
 
 class GGUF:
@@ -69,6 +77,9 @@ def model_config(file: GGUF, dtype: str) -> dict[str, Any]:
     """config.json, with the field names of transformers 4."""
     if file.arch not in ARCHITECTURES:
         raise file.error(f"unsupported architecture {file.arch!r}", f"use a model of one of these: {', '.join(ARCHITECTURES)}")
+    for key in file.fields:
+        if key.startswith(f"{file.arch}.") and key.removeprefix(f"{file.arch}.") not in KNOWN_FIELDS:
+            raise file.error(f"unsupported field {key}", "use a model without it, or download the original model")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise file.error("no tensor token_embd.weight", MERGE)
@@ -239,12 +250,16 @@ def build_tokenizer(file: GGUF, config: dict[str, Any]) -> tuple[Tokenizer, dict
 
 def convert(source: Path, target: Path, dtype: str = "bfloat16") -> None:
     """Write the folder `target` from the GGUF file `source`: complete, or not at all."""
+    target = target.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} already exists; remove it or choose another output folder")
     file = GGUF(source)
-    config = model_config(file, dtype)
-    check_tensors(file, config)
-    tokenizer, settings = build_tokenizer(file, config)
+    try:
+        config = model_config(file, dtype)
+        check_tensors(file, config)
+        tokenizer, settings = build_tokenizer(file, config)
+    except (TypeError, ValueError) as error:
+        raise file.error(f"a field of the wrong type ({error})", "download it again") from error
     ends = [config["eos_token_id"]]
     ends += [i for i in map(tokenizer.token_to_id, END_OF_TURN) if i is not None and i not in ends]
     pad = tokenizer.token_to_id(settings["pad_token"])
@@ -270,7 +285,7 @@ def convert(source: Path, target: Path, dtype: str = "bfloat16") -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert a GGUF file into a folder in the Hugging Face layout.")
+    parser = Parser(description="Convert a GGUF file into a folder in the Hugging Face layout.")
     parser.add_argument("gguf_file", type=Path)
     parser.add_argument("out_folder", type=Path)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")

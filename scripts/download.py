@@ -2,7 +2,6 @@
 
 usage: python scripts/download.py meta-llama/Llama-3.1-8B-Instruct [--out checkpoints/...] [--token hf_...] [--revision main]
 """
-import argparse
 import errno
 import os
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, errors, snapshot_download
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import UserError, run_command
+from common import Parser, UserError, run_command
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 # Only at the top of the repository: subfolders, like consolidated*.safetensors, hold the same weights in another layout.
@@ -89,7 +88,7 @@ def download(repo: str, out: Path, token: str | None = None, revision: str | Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Download a model from Hugging Face.")
+    parser = Parser(description="Download a model from Hugging Face.")
     parser.add_argument("repo", help="owner/name on Hugging Face")
     parser.add_argument("--out", type=Path, help="the folder to make (default: checkpoints/owner/name)")
     parser.add_argument("--token", help="access token for gated and private models (default: HF_TOKEN, or the login)")

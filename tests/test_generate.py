@@ -1,6 +1,7 @@
 """The command line as users run it: what it prints, what it reports, and one line for every mistake."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -378,7 +379,7 @@ def test_a_conversation_keeps_the_cache(command: Callable[..., Ran], tiny_checkp
     lines(monkeypatch, "Hello there.", "And now?")
     flags = ("--checkpoint_path", tiny_checkpoint, "--temperature", 0, "--max_new_tokens", 30)
     ran = command(*flags, "--interactive")
-    assert ran.code == 0 and ran.err == ""
+    assert ran.code == 0 and ran.err.startswith("memory plan: ") and ran.err.count("\n") == 1
     assert prefilled[0] == (0, len(prompts[0]))
     start, count = prefilled[1]
     assert start >= len(prompts[0]) and start + count == len(prompts[1])
@@ -393,10 +394,15 @@ def test_a_conversation_keeps_the_cache(command: Callable[..., Ran], tiny_checkp
 def test_a_conversation_ends(command: Callable[..., Ran], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--checkpoint_path", tiny_checkpoint, "--interactive", "--max_new_tokens", 5)
     lines(monkeypatch, "", "Never asked")
-    assert command(*flags) == Ran(0, "", "")
+    ran = command(*flags)
+    assert ran[:2] == (0, "") and ran.err.startswith("memory plan: ") and ran.err.count("\n") == 1
     lines(monkeypatch, *["On and on."] * 9)
     ran = command(*flags, "--max_seq_length", 150)
     assert ran.code == 2 and "has filled the cache of 150; start again with a larger --max_seq_length" in ran.err
+    lines(monkeypatch, *["On and on."] * 9)
+    ran = command(*flags, "--max_seq_length", 150, "--max_new_tokens", 120)
+    assert re.search(r"\nnote: \d+ of 150 tokens are left; the conversation ends with them\n", ran.err)
+    assert ran.code == 2 and "has filled the cache of 150" in ran.err.splitlines()[-1]
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
@@ -422,6 +428,8 @@ def assert_refused(ran: Ran, message: str) -> None:
     (["--seed", -1], "--seed -1"),
     (["--seed", 2 ** 63], "--seed 9223372036854775808"),
     (["--max_seq_length", 0], "--max_seq_length 0"),
+    (["--max_seq_length", "long"], "--max_seq_length long is neither a number nor auto"),
+    (["--prefill_chunk", 0], "--prefill_chunk 0"),
     (["--prompt", 0], "--prompt 0 is out of range"),
     (["--prompt", -3], "--prompt -3 is out of range"),
     (["--prompt", 10 ** 15], "--prompt 1000000000000000 is out of range"),
@@ -443,6 +451,7 @@ def assert_refused(ran: Ran, message: str) -> None:
     (["--precision", "int4"], "--precision: invalid choice: 'int4'"),
     (["--device", "abacus"], "--device abacus is not there; this machine has: "),
     (["--interactive", "--json"], "leave --json out"),
+    (["--interactive", "--compare", "run.json"], "--compare repeats a single prompt; leave --compare out"),
     (["--interactive", "--batch_size", 2], "leave --batch_size and --num_samples out"),
     (["--random_weights", "llama-3.1-8b"], "give either --checkpoint_path FOLDER or --random_weights PRESET"),
     (["--tempature", 1], "unrecognized arguments: --tempature 1"),
@@ -508,6 +517,33 @@ def test_too_little_memory(command: Callable[..., Ran], tiny_checkpoint: Path, m
     assert_refused(command(*flags), "at most 256 tokens fit")  # 256 bytes of K and V a token
     ran = command(*flags, "--attention", "hash", "--batch_size", 2)
     assert ran.code == 2 and "at most 120 tokens fit" in ran.err  # and 16 of signatures, twice
+    assert_refused(command(*flags, "--max_seq_length", "auto"), "at most 256 tokens fit")
+
+
+def test_memory_plan(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = 4 * (2 * 259 * 32 + 2 * (32 * 64 + 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32)
+    for free, length, fits in ((2 ** 40, 512, 2 ** 32), (2 ** 16, 256, 256)):
+        monkeypatch.setattr(generate, "free_memory", lambda device, free=free: free)
+        ran = run("--max_seq_length", "auto")
+        assert ran.json["kv_bytes"] == 256 * length
+        assert ran.err.splitlines()[0] == (
+            f"memory plan: weights {weights / 2 ** 30:.2f} GiB, K and V 0.00 GiB, signatures 0.0 MiB for {length} tokens; "
+            f"up to {fits} tokens fit")
+    monkeypatch.setattr(generate, "free_memory", lambda device: 2 ** 34)
+    ran = run("--attention", "hash", "--budget", 500, "--max_seq_length", "auto", "--batch_size", 2)
+    assert f"signatures {2 * 16 * 512 / 2 ** 20:.1f} MiB for 2 x 512 tokens; up to {2 ** 34 // 544} tokens fit" in ran.err
+
+
+def test_prefill_chunks(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    (whole,), read, original = run().tokens, [], Transformer.prefill
+
+    def counted(self, tokens, row=0, start=0):
+        read.append(len(tokens))
+        return original(self, tokens, row, start)
+
+    monkeypatch.setattr(Transformer, "prefill", counted)
+    assert run("--prefill_chunk", 10).tokens == [whole]
+    assert read == [10, 10, 10, 10, 4]
 
 
 @pytest.mark.parametrize("damage, message", [

@@ -1,0 +1,151 @@
+"""Selectors: the budget is kept to the token, what must be in is in, the best is found, bounds are bounds."""
+import pytest
+import torch
+
+from hash_attention import HashConfig, random_encoders
+from token_selectors import (
+    PAGE,
+    DoubleSparsity,
+    Hash,
+    Oracle,
+    OracleGroup,
+    Quest,
+    Random,
+    Selector,
+    Streaming,
+    dot_products,
+)
+
+B, HQ, HKV, S, D = 2, 6, 2, 200, 32
+SINK, RECENT, BUDGET = 4, 10, 40
+NAMES = ("hash", "hash_query", "oracle", "oracle_group", "streaming", "quest", "double_sparsity", "random")
+
+
+def make(name: str, k: torch.Tensor) -> Selector:
+    if name.startswith("hash"):
+        from hash_attention import Fingerprint
+        config = HashConfig(share="query" if name == "hash_query" else "kv")
+        return Hash(SINK, RECENT, random_encoders(config, Fingerprint(1, HQ, HKV, D, 1e4, 10))[0], k)
+    plain = {"oracle": Oracle, "oracle_group": OracleGroup, "quest": Quest, "double_sparsity": DoubleSparsity}
+    if name in plain:
+        return plain[name](SINK, RECENT, k)
+    return Streaming(SINK, RECENT) if name == "streaming" else Random(SINK, RECENT, seed=3)
+
+
+@pytest.fixture
+def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q [B, Hq, D], k [B, Hkv, S, D] with NaN where nothing was written, seq_lens [B]."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(B, HQ, D, generator=generator), torch.randn(B, HKV, S, D, generator=generator)
+    lengths = torch.tensor([187, 187], dtype=torch.int32)
+    k[:, :, 187:] = float("nan")
+    return q, k, lengths
+
+
+def choose(name: str, q: torch.Tensor, k: torch.Tensor, lengths: torch.Tensor, budget: int = BUDGET) -> torch.Tensor:
+    """Build from all tokens but the last seven, then step through those."""
+    selector = make(name, k)
+    selector.budget = budget
+    start = int(lengths[0]) - 7
+    selector.build(k, start, torch.ones(HQ, D))
+    for length in range(start + 1, int(lengths[0]) + 1):
+        indices = selector(q, k, torch.full_like(lengths, length))
+    return indices
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_budget_sink_and_recent(name: str, tensors: tuple) -> None:
+    indices = choose(name, *tensors)
+    assert indices.dtype == torch.int32 and indices.shape == (B, HQ if make(name, tensors[1]).share == "query" else HKV, BUDGET)
+    for row in indices.flatten(0, 1).tolist():
+        assert len(set(row)) == BUDGET and set(row) >= {*range(SINK), *range(187 - RECENT, 187)}
+        assert min(row) >= 0 and max(row) < 187
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_tokens_within_the_budget(name: str, tensors: tuple) -> None:
+    for row in choose(name, *tensors, budget=S).flatten(0, 1).tolist():
+        assert sorted(row) == [-1] * (S - 187) + list(range(187))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_building_at_the_end_is_stepping_there(name: str, tensors: tuple) -> None:
+    q, k, lengths = tensors
+    if name == "double_sparsity":
+        pytest.skip("its channels are calibrated by the prompt")
+    selector = make(name, k)
+    selector.budget = BUDGET
+    selector.build(k, 187, torch.ones(HQ, D))
+    assert torch.equal(selector(q, k, lengths).sort().values, choose(name, q, k, lengths).sort().values)
+
+
+def test_oracle_takes_the_largest_products(tensors: tuple) -> None:
+    q, k, lengths = tensors
+    products = dot_products(q, k).flatten(1, 2)[..., SINK:187 - RECENT]
+    wanted = products.topk(BUDGET - SINK - RECENT).indices + SINK
+    indices = choose("oracle", *tensors)
+    for b in range(B):
+        for h in range(HQ):
+            assert set(wanted[b, h].tolist()) <= set(indices[b, h].tolist())
+
+
+def test_oracle_group_takes_the_largest_summed_mass(tensors: tuple) -> None:
+    q, k, lengths = tensors
+    mass = (dot_products(q, k)[..., :187] * D ** -0.5).softmax(dim=-1).sum(dim=2)[..., SINK:187 - RECENT]
+    wanted = mass.topk(BUDGET - SINK - RECENT).indices + SINK
+    indices = choose("oracle_group", *tensors)
+    for b in range(B):
+        for h in range(HKV):
+            assert set(wanted[b, h].tolist()) <= set(indices[b, h].tolist())
+
+
+def test_streaming_takes_the_newest(tensors: tuple) -> None:
+    wanted = [*range(SINK), *range(187 - BUDGET + SINK, 187)]
+    assert (choose("streaming", *tensors).sort().values == torch.tensor(wanted)).all()
+
+
+def test_quest_bounds_the_products(tensors: tuple) -> None:
+    q, k, lengths = tensors
+    selector = make("quest", k)
+    selector.build(k, 180, torch.ones(HQ, D))
+    for length in range(181, 188):
+        bound = selector.scores(q, k, torch.full_like(lengths, length))
+    products = dot_products(q, k).flatten(1, 2)
+    assert (bound[..., :187] >= products[..., :187] - 1e-5).all()
+    pages = bound[..., :187 // PAGE * PAGE].unflatten(-1, (-1, PAGE))
+    assert (pages == pages[..., :1]).all() and not torch.isinf(pages).any()
+
+
+def test_double_sparsity_is_exact_where_its_channels_are_all_that_count(tensors: tuple) -> None:
+    q, k, lengths = tensors
+    q, channels = q.clone(), torch.tensor([3, 8, 17, 30])  # D / 8
+    q[..., [c for c in range(D) if c not in channels]] = 0
+    selector = make("double_sparsity", k)
+    selector.build(k, 187, q.abs().mean(dim=0))
+    assert (selector.channels.sort().values == channels).all()
+    torch.testing.assert_close(selector.scores(q, k, lengths)[..., :187], dot_products(q, k).flatten(1, 2)[..., :187])
+
+
+def test_random_depends_on_the_seed_and_the_step(tensors: tuple) -> None:
+    q, k, lengths = tensors
+    sets = []
+    for seed, length in ((0, 187), (0, 187), (1, 187), (0, 186)):
+        selector = Random(SINK, RECENT, seed)
+        selector.budget = BUDGET
+        sets.append(selector(q, k, torch.full_like(lengths, length)).sort().values)
+    assert torch.equal(sets[0], sets[1]) and not torch.equal(sets[0], sets[2]) and not torch.equal(sets[0], sets[3])
+    assert not torch.equal(sets[0][:, 0], sets[0][:, 1])
+    counts = torch.zeros(S)
+    for seed in range(300):
+        selector = Random(SINK, RECENT, seed)
+        selector.budget = BUDGET
+        counts.scatter_add_(0, selector(q, k, lengths)[0, 0].long(), torch.ones(BUDGET))
+    middle = counts[SINK:187 - RECENT] / 300
+    assert middle.mean().item() == pytest.approx((BUDGET - SINK - RECENT) / (187 - SINK - RECENT)) and middle.std() < 0.05
+
+
+def test_bytes_per_token() -> None:
+    k = torch.zeros(1, HKV, 32, D)
+    wanted = {"hash": 4, "hash_query": 4 * HQ / HKV, "oracle": 2 * D, "oracle_group": 2 * D, "streaming": 0, "quest": D / 4,
+              "double_sparsity": D / 4, "random": 0}
+    assert {name: make(name, k).bytes_per_token for name in NAMES} == wanted

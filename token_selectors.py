@@ -1,0 +1,246 @@
+"""Ways to choose the tokens that a decode step attends to: ours, exact ones as upper bounds, and other papers'.
+
+Every selector keeps the first `sink` and the last `recent` tokens inside the same budget of tokens, in the same layers (those
+that a paper leaves dense are not here). What a selector reads to choose is its `bytes_per_token`: bytes per token of the cache,
+layer and KV head, beside 4 D bytes of bfloat16 keys and values.
+
+Plain PyTorch of static shape, without host syncs, so that a decode step with any of them is one CUDA graph.
+
+Symbols: B batch, S cache length, Hq query heads, Hkv key/value heads, G = Hq / Hkv, D head_dim, Hs heads that select (Hkv, or
+Hq with share "query"), K tokens attended.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common import UserError
+from hash_attention import HashConfig, HashEncoder, load_signatures, random_encoders, select_tokens
+from model import Transformer
+
+SELECTORS = ("dense", "hash", "oracle", "oracle_group", "streaming", "quest", "double_sparsity", "lsh", "random")
+PAGE = 16  # tokens per page of Quest
+
+
+def top_tokens(scores: Tensor, seq_lens: Tensor, budget: int, sink: int, recent: int) -> Tensor:
+    """The `budget` tokens of the highest scores, sink and recent before all others; -1 where a sequence has fewer.
+
+    scores float32 [B, Hs, S], seq_lens int32 [B] -> indices int32 [B, Hs, min(budget, S)]
+    """
+    position = torch.arange(scores.shape[-1], device=scores.device)
+    length = seq_lens[:, None, None]
+    always = (position < sink) | (position >= length - recent)
+    scores = scores.masked_fill(always, float("inf")).masked_fill(position >= length, float("-inf"))
+    best = scores.topk(min(budget, scores.shape[-1]), dim=-1)
+    return best.indices.to(torch.int32).masked_fill(best.values.isneginf(), -1)
+
+
+def dot_products(q: Tensor, k: Tensor) -> Tensor:
+    """q [B, Hq, D], k [B, Hkv, S, D] -> float32 [B, Hkv, G, S]."""
+    return q.float().unflatten(1, (k.shape[1], -1)) @ k.float().transpose(-1, -2)
+
+
+class Selector(nn.Module):
+    """One layer's choice of tokens. `budget` may change between steps; the buffers are made for one cache."""
+    share = "kv"
+    bytes_per_token = 0.0
+
+    def __init__(self, sink: int, recent: int) -> None:
+        super().__init__()
+        self.budget, self.sink, self.recent = 0, sink, recent
+
+    def build(self, k: Tensor, length: int, query_size: Tensor) -> None:
+        """Summarise a prompt. k [B, Hkv, S, D], its first `length` rows filled; query_size [Hq, D]: mean |q| of the prompt.
+
+        A prompt may be continued from again and again without another call: what a step adds, the next one overwrites.
+        """
+
+    def forward(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        """q [B, Hq, D] after RoPE, k [B, Hkv, S, D] with the newest key in, seq_lens int32 [B] -> int32 [B, Hs, K]."""
+        return top_tokens(self.scores(q, k, seq_lens), seq_lens, self.budget, self.sink, self.recent)
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        """Float32 [B, Hs, S]; what stands at and past seq_lens does not count."""
+        raise NotImplementedError
+
+
+class Hash(Selector):
+    """Signatures of hash_attention.py, with its own selection. Untrained encoders make it LSH."""
+
+    def __init__(self, sink: int, recent: int, encoder: HashEncoder, k: Tensor) -> None:
+        super().__init__(sink, recent)
+        self.encoder, self.share = encoder, encoder.config.share
+        self.bytes_per_token = 4.0 * encoder.config.words * encoder.n_signature_head / k.shape[1]
+        shape = (k.shape[0], encoder.n_signature_head, k.shape[2], encoder.config.words)
+        self.register_buffer("signatures", torch.zeros(shape, dtype=torch.int32, device=k.device), persistent=False)
+
+    def build(self, k: Tensor, length: int, query_size: Tensor) -> None:
+        self.signatures[:, :, :length] = self.encoder.encode_keys(k[:, :, :length])
+
+    def forward(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        batch, newest = torch.arange(len(q), device=q.device), seq_lens - 1
+        self.signatures[batch, :, newest] = self.encoder.encode_keys(k[batch, :, newest][:, :, None])[:, :, 0]
+        return select_tokens(self.encoder.encode_queries(q), self.signatures, seq_lens, min(self.budget, k.shape[2]), self.sink,
+                             self.recent, shift=self.encoder.shift)
+
+
+class Oracle(Selector):
+    """The tokens of the largest q.k, for each query head alone: no selection of that size catches more attention."""
+    share = "query"
+
+    def __init__(self, sink: int, recent: int, k: Tensor) -> None:
+        super().__init__(sink, recent)
+        self.bytes_per_token = 2.0 * k.shape[-1]
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        return dot_products(q, k).flatten(1, 2)
+
+
+class OracleGroup(Oracle):
+    """The tokens of the largest attention mass summed over a KV head's query heads: the best that one shared set can do."""
+    share = "kv"
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        hidden = torch.arange(k.shape[2], device=k.device) >= seq_lens[:, None, None, None]
+        logits = dot_products(q, k) * q.shape[-1] ** -0.5
+        return logits.masked_fill(hidden, float("-inf")).softmax(dim=-1).sum(dim=2)
+
+
+class Streaming(Selector):
+    """Sink and the most recent tokens fill the budget (StreamingLLM, arXiv 2309.17453, section 3.2)."""
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        return torch.arange(k.shape[2], device=k.device, dtype=torch.float32).expand(k.shape[0], k.shape[1], -1)
+
+
+class Quest(Selector):
+    """Pages of 16 tokens, ranked by an upper bound of q.k from each channel's least and largest key (arXiv 2406.10774,
+    section 3.3). Each query head selects alone, as in the paper. The last page is cut where the budget ends."""
+    share = "query"
+
+    def __init__(self, sink: int, recent: int, k: Tensor) -> None:
+        super().__init__(sink, recent)
+        self.bytes_per_token = 2 * 2 * k.shape[-1] / PAGE
+        shape = (*k.shape[:2], -(-k.shape[2] // PAGE), k.shape[3])
+        self.register_buffer("low", torch.zeros(shape, dtype=k.dtype, device=k.device), persistent=False)
+        self.register_buffer("high", torch.zeros(shape, dtype=k.dtype, device=k.device), persistent=False)
+
+    def build(self, k: Tensor, length: int, query_size: Tensor) -> None:
+        pages = -(-length // PAGE)
+        # the last page is filled up with the newest key, which moves no bound
+        rows = torch.arange(pages * PAGE, device=k.device).clamp(max=length - 1)
+        rows = k[:, :, rows].unflatten(2, (pages, PAGE))
+        self.low[:, :, :pages], self.high[:, :, :pages] = rows.amin(dim=3), rows.amax(dim=3)
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        batch = torch.arange(len(q), device=q.device)
+        page = (seq_lens - 1) // PAGE
+        rows = torch.minimum(page[:, None] * PAGE + torch.arange(PAGE, device=q.device), seq_lens[:, None] - 1)
+        newest = k[batch[:, None], :, rows]  # [B, PAGE, Hkv, D]
+        self.low[batch, :, page], self.high[batch, :, page] = newest.amin(dim=1), newest.amax(dim=1)
+        # a channel's bound is q * high where q > 0 and q * low elsewhere
+        bound = dot_products(q.clamp(min=0), self.high) + dot_products(q.clamp(max=0), self.low)
+        return bound.flatten(1, 2).repeat_interleave(PAGE, dim=-1)[..., :k.shape[2]]
+
+
+class DoubleSparsity(Selector):
+    """q.k over a few label channels (arXiv 2408.07092, section 3): the D / 8 of the largest mean |q| |k|.
+
+    Each query head selects alone; the channels belong to the KV head, so that there is one label cache. The paper calibrates
+    them offline; here the prompt itself does it, which is kinder to the method. Labels are not quantised.
+    """
+    share = "query"
+
+    def __init__(self, sink: int, recent: int, k: Tensor) -> None:
+        super().__init__(sink, recent)
+        count = max(1, k.shape[-1] // 8)
+        self.bytes_per_token = 2.0 * count
+        channels = torch.arange(count, device=k.device).expand(*k.shape[:2], -1).contiguous()
+        self.register_buffer("channels", channels, persistent=False)
+
+    def build(self, k: Tensor, length: int, query_size: Tensor) -> None:
+        size = k[:, :, :length].float().abs().mean(dim=2) * query_size.unflatten(0, (k.shape[1], -1)).sum(dim=1)
+        self.channels.copy_(size.topk(self.channels.shape[-1], dim=-1).indices)
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        labels = k.gather(-1, self.channels[:, :, None].expand(-1, -1, k.shape[2], -1))
+        channels = self.channels.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        return dot_products(q.gather(-1, channels), labels).flatten(1, 2)
+
+
+class Random(Selector):
+    """Tokens drawn by seed, anew at every step: what a budget is worth without a choice."""
+
+    def __init__(self, sink: int, recent: int, seed: int) -> None:
+        super().__init__(sink, recent)
+        self.seed = seed
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        # an integer hash of (seed, length, head, position): a generator's state would not survive a CUDA graph's replay
+        head = torch.arange(k.shape[1], device=k.device)[:, None]
+        x = torch.arange(k.shape[2], device=k.device) * 0x9E3779B1 + head * 0x85EBCA77
+        x = x + seq_lens.long()[:, None, None] * 0xC2B2AE3D + self.seed * 0x27D4EB2F
+        for _ in range(3):
+            x = ((x >> 16 ^ x) * 0x45D9F3B) & 0x7FFFFFFF
+        return (x >> 7).float()
+
+
+# --------------------------------------------------------------------------------------------------------------- methods
+
+@dataclass(frozen=True)
+class Method:
+    """One selector with what it was made of, as a line of a table: one Selector per layer, None where a layer is dense."""
+    selector: str
+    layers: list[Selector | None]
+    recipe: str | None = None
+    config: HashConfig | None = None
+
+    def about(self) -> dict:
+        """The fields of a results row that say which method it is."""
+        first = next((layer for layer in self.layers if layer is not None), None)
+        return {
+            "selector": self.selector, "recipe": self.recipe, "bits": self.config and self.config.bits,
+            "query_bits": self.config and self.config.query_bits, "share": first and first.share,
+            "bytes_per_token": first.bytes_per_token if first is not None else 0.0,
+        }
+
+    @property
+    def label(self) -> str:
+        return " ".join([self.selector, *([f"{self.recipe} {self.config.bits} bit"] if self.config else [])])
+
+
+def make_methods(names: list[str], model: Transformer, sink: int, recent: int, signatures: list[Path], lsh_bits: int,
+                 dense_layers: int, seed: int) -> list[Method]:
+    """The methods of these names over the model's present caches; "hash" once for each signatures file."""
+    if "hash" in names and not signatures:
+        raise UserError("--selector hash needs --signatures FILE; train one with train_hash.py, or choose lsh")
+    caches = [layer.attention.cache.k for layer in model.layers]
+    dense = [None] * min(dense_layers, len(caches))
+    fingerprint = model.fingerprint()
+    plain = {"oracle": Oracle, "oracle_group": OracleGroup, "quest": Quest, "double_sparsity": DoubleSparsity}
+    methods = []
+
+    def add(name: str, layers: list[Selector], recipe: str | None = None, config: HashConfig | None = None) -> None:
+        methods.append(Method(name, dense + layers[len(dense):], recipe, config))
+
+    def add_hash(name: str, recipe: str, encoders: list[HashEncoder]) -> None:
+        layers = [Hash(sink, recent, encoder.to(k.device), k) for encoder, k in zip(encoders, caches, strict=True)]
+        add(name, layers, recipe, encoders[0].config)
+
+    for name in dict.fromkeys(names):
+        if name == "dense":
+            methods.append(Method(name, [None] * len(caches)))
+        elif name == "hash":
+            for path in signatures:
+                encoders, about = load_signatures(path, fingerprint)
+                add_hash(name, about.get("recipe", "unknown"), encoders)
+        elif name == "lsh":
+            add_hash(name, "random", random_encoders(HashConfig(bits=lsh_bits), fingerprint, seed))
+        elif name == "streaming":
+            add(name, [Streaming(sink, recent) for _ in caches])
+        elif name == "random":
+            add(name, [Random(sink, recent, seed * len(caches) + i) for i in range(len(caches))])
+        else:
+            add(name, [plain[name](sink, recent, k) for k in caches])
+    return methods
