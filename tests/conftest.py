@@ -2,11 +2,15 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+
+from common import run_command
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before anything imports triton
@@ -55,3 +59,43 @@ def checkpoint_copy(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., Path
         (folder / "config.json").write_text(json.dumps(config | fields))
         return folder
     return copy
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Two would wait for each other far longer than these tiny products take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        assert self.code == 0, self.err
+        return json.loads(self.out.splitlines()[-1])
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        return self.json["new_tokens"]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Ran]:
+    """command(flag, ...) runs generate.py in this process, on the CPU."""
+    import generate  # may import triton, so after the variable above
+
+    def run(*flags: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", *map(str, flags)])
+        code = 0
+        try:
+            run_command(generate.main)
+        except SystemExit as stop:
+            code = stop.code
+        return Ran(code, *capsys.readouterr())
+    return run

@@ -1,16 +1,13 @@
 """Batches of different prompts: every sequence gets the tokens that it gets alone."""
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import Ran
 
-import generate
 from checkpoint import PRESETS, load_model
-from common import run_command
 from decode import Decoder, Sampling, decode, prefill
 from hash_attention import HashConfig, random_encoders
 from model import ModelArgs, SparseSettings
@@ -20,42 +17,14 @@ IDS = [[7], [72, 101, 108, 108, 111, 32, 119], list(range(40, 80))]
 HASH = ("--attention", "hash", "--budget", 16, "--sink", 4, "--recent", 4)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Two would wait for each other far longer than these tiny products take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict:
-        assert self.code == 0, self.err
-        return json.loads(self.out.splitlines()[-1])
-
-    @property
-    def tokens(self) -> list[list[int]]:
-        return self.json["new_tokens"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tiny_checkpoint: Path) -> Callable[..., Ran]:
+def run(command: Callable[..., Ran], tiny_checkpoint: Path) -> Callable[..., Ran]:
     """run(flag, ...) decodes 24 tokens greedily with the tiny model on the CPU, and prints JSON."""
     def run(*flags: object, model: tuple = ("--checkpoint_path", tiny_checkpoint)) -> Ran:
-        common = (*model, "--device", "cpu", "--temperature", 0, "--max_new_tokens", 24, "--json")
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, common + flags)])
-        code = 0
-        try:
-            run_command(generate.main)
-        except SystemExit as stop:
-            code = stop.code
-        return Ran(code, *capsys.readouterr())
+        return command(*model, "--temperature", 0, "--max_new_tokens", 24, "--json", *flags)
     return run
 
 

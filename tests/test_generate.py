@@ -6,20 +6,19 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import Ran
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 import generate
 from checkpoint import PRESETS, load_model
-from common import run_command
-from generate import NewText, Sampling, Session, main, parse_options, sample, sparse_settings
+from generate import NewText, Sampling, Session, parse_options, sample, sparse_settings
 from hash_attention import Fingerprint, HashConfig, random_encoders, save_signatures
 from model import ModelArgs, SparseSettings, Transformer
 from tokenizer import Tokenizer
@@ -29,42 +28,7 @@ BYTES = 256  # token ids below stand for bytes, those above are special
 TINY = ModelArgs(2, 32, 4, 2, 8, 64, 120, 1e-5, 10000.0, max_position=512)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Two would wait for each other far longer than these tiny products take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict:
-        assert self.code == 0, self.err
-        return json.loads(self.out.splitlines()[-1])
-
-    @property
-    def tokens(self) -> list[list[int]]:
-        return self.json["new_tokens"]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Ran]:
-    """command(flag, ...) runs generate.py in this process, on the CPU."""
-    def run(*flags: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", *map(str, flags)])
-        code = 0
-        try:
-            run_command(main)
-        except SystemExit as stop:
-            code = stop.code
-        return Ran(code, *capsys.readouterr())
-    return run
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
