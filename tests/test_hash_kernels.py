@@ -13,6 +13,7 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
+import attention_kernels  # noqa: E402
 import hash_attention as reference  # noqa: E402
 import hash_kernels as kernels  # noqa: E402
 from hash_attention import HashConfig  # noqa: E402
@@ -237,9 +238,9 @@ def poison_unselected(cache: torch.Tensor, indices: torch.Tensor) -> None:
 
 def check_sparse(q, k_cache, v_cache, indices, scale=None, **launch):
     if launch:
-        got = kernels._launch_sparse(q, k_cache, v_cache, indices, scale, num_warps=4, num_stages=2, **launch)
+        got = attention_kernels._launch_sparse(q, k_cache, v_cache, indices, scale, num_warps=4, num_stages=2, **launch)
     else:
-        got = kernels.sparse_attention(q, k_cache, v_cache, indices, scale)
+        got = attention_kernels.sparse_attention(q, k_cache, v_cache, indices, scale)
     expected = reference.sparse_attention_reference(q.float(), k_cache.float(), v_cache.float(), indices, scale)
     assert_close(got, expected, q.dtype)
     return got
@@ -287,9 +288,9 @@ def check_dense(q, k_cache, v_cache, seq_lens, scale=None, **launch):
         k_cache[b, :, length:] = float("nan")
         v_cache[b, :, length:] = float("nan")
     if launch:
-        got = kernels._launch_dense(q, k_cache, v_cache, seq_lens, scale, num_warps=4, num_stages=2, **launch)
+        got = attention_kernels._launch_dense(q, k_cache, v_cache, seq_lens, scale, num_warps=4, num_stages=2, **launch)
     else:
-        got = kernels.dense_attention(q, k_cache, v_cache, seq_lens, scale)
+        got = attention_kernels.dense_attention(q, k_cache, v_cache, seq_lens, scale)
     expected = reference.dense_attention_reference(q.float(), k_cache.float(), v_cache.float(), seq_lens, scale)
     assert_close(got, expected, q.dtype)
     return got
@@ -326,8 +327,8 @@ def test_dense_queries_before_the_sequence():
 def decode_step(qkv, encoder, k_cache, v_cache, signatures, seq_lens):
     q, planes = kernels.rope_encode_append(qkv, *angles(seq_lens, 1, 64), encoder, k_cache, v_cache, signatures, seq_lens)
     indices = kernels.select_tokens(planes, signatures, seq_lens, 48, 4, 8, 48, 0)
-    sparse = kernels.sparse_attention(q[:, 0], k_cache, v_cache, indices)
-    dense = kernels.dense_attention(q, k_cache, v_cache, seq_lens)
+    sparse = attention_kernels.sparse_attention(q[:, 0], k_cache, v_cache, indices)
+    dense = attention_kernels.dense_attention(q, k_cache, v_cache, seq_lens)
     return indices, *sparse, *dense
 
 
@@ -349,8 +350,8 @@ def test_operators_are_well_formed():
     torch.library.opcheck(kernels._select_tokens, (planes, signatures, seq_lens, 48, None, 4, 8, 60, 0), test_utils=checks)
     indices = kernels.select_tokens(planes, signatures, seq_lens, 48, 4, 8, 60, 0)
     q = normal(2, 1, 4, 64)
-    torch.library.opcheck(kernels._sparse_attention, (q[:, 0], k_cache, v_cache, indices, 0.125), test_utils=checks)
-    torch.library.opcheck(kernels._dense_attention, (q, k_cache, v_cache, seq_lens, 0.125), test_utils=checks)
+    torch.library.opcheck(attention_kernels._sparse_attention, (q[:, 0], k_cache, v_cache, indices, 0.125), test_utils=checks)
+    torch.library.opcheck(attention_kernels._dense_attention, (q, k_cache, v_cache, seq_lens, 0.125), test_utils=checks)
 
 
 def test_compiles_in_one_graph():
@@ -390,13 +391,13 @@ def test_offsets_over_32_bits(S: int = 2 ** 24, dtype: torch.dtype = torch.bfloa
     kernels.rope_encode_append(qkv, *unrotated, None, k_cache, v_cache, None, seq_lens)
     assert torch.equal(k_cache[:, :, -1:], k) and torch.equal(v_cache[:, :, -1:], v)
     newest = torch.full((2, 1, 1), S - 1, dtype=torch.int32, device=DEVICE)
-    assert torch.equal(kernels.sparse_attention(q[:, 0], k_cache, v_cache, newest)[0], v[:, 0])
+    assert torch.equal(attention_kernels.sparse_attention(q[:, 0], k_cache, v_cache, newest)[0], v[:, 0])
 
     k_cache[:, :, -tail:] = 8 * normal(2, 1, tail, D, dtype=dtype)  # large scores outweigh the many zeros before
     v_cache[:, :, -tail:] = normal(2, 1, tail, D, dtype=dtype)
     last = torch.arange(tail, dtype=torch.int32, device=DEVICE).expand(2, 1, tail)
-    got = kernels.sparse_attention(q[:, 0], k_cache, v_cache, last + (S - tail))
-    out, lse = kernels.dense_attention(q, k_cache, v_cache, seq_lens)
+    got = attention_kernels.sparse_attention(q[:, 0], k_cache, v_cache, last + (S - tail))
+    out, lse = attention_kernels.dense_attention(q, k_cache, v_cache, seq_lens)
     ends = (cache[:, :, -tail:].float() for cache in (k_cache, v_cache))
     tail_out, tail_lse = reference.sparse_attention_reference(q[:, 0].float(), *ends, last)
     assert_close(got, (tail_out, tail_lse), dtype)

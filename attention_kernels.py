@@ -1,0 +1,274 @@
+"""Triton kernels of attention. hash_attention.py holds the definitions (`*_reference`) and the symbols used here.
+
+sparse_attention   split-K flash decoding over gathered cache rows, combine   one or two kernels
+dense_attention    split-K flash attention over the whole prefix, combine     one or two kernels
+
+Custom ops, as those of hash_kernels.py, which says what that is good for.
+"""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hash_kernels import DEPENDENT_LAUNCH, after_previous, checked_rows, splits_per_row
+
+# ------------------------------------------------------------------------------------------------------ launch parameters
+
+# Chosen by measurement on an H200 (132 multiprocessors); a GPU with fewer fills up as well.
+
+def _sparse_parameters(rows: int, K: int, element_size: int) -> dict[str, int]:
+    block_k = 64 if element_size <= 2 else 32
+    return {"block_k": block_k, "n_splits": splits_per_row(264, rows, triton.cdiv(K, block_k)), "num_warps": 2, "num_stages": 3}
+
+
+def _dense_parameters(rows: int, M: int, S: int, element_size: int) -> dict[str, int]:
+    """M = G * T queries per KV head."""
+    wide = element_size <= 2
+    block_m = min(max(16, triton.next_power_of_2(M)), 128 if wide else 32)
+    block_n = 64 if wide else 32
+    n_splits = splits_per_row(264, rows * triton.cdiv(M, block_m), triton.cdiv(S, block_n))
+    return {"block_m": block_m, "block_n": block_n, "n_splits": n_splits,
+            "num_warps": 8 if block_m == 128 else 4, "num_stages": 3 if wide else 2}
+
+
+# ----------------------------------------------------------------------------------------------------- attend: shared parts
+
+@triton.jit
+def _attend(q, k, v, visible, top, total, acc, scale_log2, PRECISION: tl.constexpr):
+    """One tile of flash attention in base 2. q [M, D], k and v [N, D]; top, total [M] and acc [M, D] are the running state."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    scores = tl.where(visible, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    # while a query has seen nothing its top is -inf, and -inf - -inf would be NaN
+    pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - pivot[:, None])
+    keep = tl.exp2(top - pivot)
+    total = total * keep + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
+    return new_top, total, acc
+
+
+@triton.jit
+def _finish(top, total, acc):
+    """Normalised output and log-sum-exp; a query that saw nothing gets 0 and -inf."""
+    safe = tl.where(total > 0, total, 1.0)
+    return acc / safe[:, None], (top + tl.log2(safe)) * 0.6931471805599453  # ln 2
+
+
+@triton.jit
+def _store_rows(out, lse, row, valid, value, value_lse, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write value [M, BLOCK_D] and value_lse [M] to rows `row` of out [*, D] and lse [*] where valid."""
+    column = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(out + row[:, None] * D + column, value.to(out.dtype.element_ty), mask=valid[:, None] & (column < D))
+    tl.store(lse + row, value_lse, mask=valid)
+
+
+@triton.jit
+def _combine_kernel(partial, partial_lse, out, lse, n_splits, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
+    """One row of out [*, D] and lse [*] from its splits: partial [*, n_splits, D] and partial_lse [*, n_splits]."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    after_previous()
+    top = float("-inf")
+    total = 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, n_splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        at = row * n_splits + split
+        part_lse = tl.load(partial_lse + at, mask=split < n_splits, other=float("-inf")) * 1.4426950408889634  # base 2
+        part = tl.load(partial + at[:, None] * D + column[None, :], mask=(split < n_splits)[:, None] & (column < D)[None, :],
+                       other=0.0)
+        new_top = tl.maximum(top, tl.max(part_lse, axis=0))
+        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
+        keep = tl.exp2(top - pivot)
+        weights = tl.exp2(part_lse - pivot)
+        total = total * keep + tl.sum(weights, axis=0)
+        acc = acc * keep + tl.sum(weights[:, None] * part, axis=0)
+        top = new_top
+    safe = tl.where(total > 0, total, 1.0)
+    tl.store(out + row * D + column, (acc / safe).to(out.dtype.element_ty), mask=column < D)
+    tl.store(lse + row, (top + tl.log2(safe)) * 0.6931471805599453)  # ln 2
+
+
+def _partial(out: Tensor, lse: Tensor, n_splits: int) -> tuple[Tensor, Tensor]:
+    """Where the splits of out [..., D] and lse [...] go: float32 [..., n_splits, D] and [..., n_splits]; one split: there."""
+    if n_splits == 1:
+        return out, lse
+    return (torch.empty((*lse.shape, n_splits, out.shape[-1]), dtype=torch.float32, device=out.device),
+            torch.empty((*lse.shape, n_splits), dtype=torch.float32, device=out.device))
+
+
+def _combine(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, n_splits: int) -> None:
+    """Merge what `_partial` gave, once filled, into out [..., D] and lse [...]."""
+    if n_splits == 1:
+        return
+    rows, D, BLOCK_D = lse.numel(), out.shape[-1], triton.next_power_of_2(out.shape[-1])
+    splits = min(triton.next_power_of_2(n_splits), 4096 // BLOCK_D)
+    _combine_kernel[(rows,)](partial, partial_lse, out, lse, n_splits, D=D, BLOCK_D=BLOCK_D, SPLITS=splits, num_warps=4,
+                             launch_pdl=DEPENDENT_LAUNCH)
+
+
+# ----------------------------------------------------------------------------------------------------------- attend: sparse
+
+@triton.jit
+def _sparse_attention_kernel(q, k_cache, v_cache, indices, partial, partial_lse, scale_log2, K, n_splits,
+                             tiles_per_split, q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s,
+                             HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                             BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    split = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    batch, head = row // HEADS, row % HEADS
+    member = tl.arange(0, BLOCK_G)
+    column = tl.arange(0, BLOCK_D)[None, :]
+    indices += row * K
+    k_cache += batch * k_b + (head // HEADS_PER_KV) * k_h
+    v_cache += batch * v_b + (head // HEADS_PER_KV) * v_h
+    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    first_tile = split * tiles_per_split
+    after_previous()
+    queries = tl.load(q + batch * q_b + (head * G + member)[:, None] * q_h + column,
+                      mask=(member < G)[:, None] & (column < D), other=0.0)
+    for tile in range(first_tile, tl.minimum(first_tile + tiles_per_split, tl.cdiv(K, BLOCK_K))):
+        slot = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+        position = tl.load(indices + slot, mask=slot < K, other=-1).to(tl.int64)
+        valid = position >= 0
+        # an unused slot loads nothing, so a tile of -1 costs no memory traffic, and its zeros meet weights of 0
+        mask = valid[:, None] & (column < D)
+        k = tl.load(k_cache + position[:, None] * k_s + column, mask=mask, other=0.0)
+        v = tl.load(v_cache + position[:, None] * v_s + column, mask=mask, other=0.0)
+        top, total, acc = _attend(queries, k, v, valid[None, :], top, total, acc, scale_log2, PRECISION)
+    value, value_lse = _finish(top, total, acc)
+    _store_rows(partial, partial_lse, (row * G + member) * n_splits + split, member < G, value, value_lse, D, BLOCK_D)
+
+
+def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor,
+                     scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """`hash_attention.sparse_attention_reference`.
+
+    q [B, Hq, D], k_cache and v_cache [B, Hkv, S, D], indices int32 [B, Hs, K] -> out [B, Hq, D], lse float32 [B, Hq].
+    """
+    return _sparse_attention(q, k_cache, v_cache, indices, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+@torch.library.custom_op("hashfast::sparse_attention", mutates_args=())
+def _sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    B, HEADS, K = indices.shape
+    return _launch_sparse(q, k_cache, v_cache, indices, scale, **_sparse_parameters(B * HEADS, K, k_cache.element_size()))
+
+
+@_sparse_attention.register_fake
+def _(q, k_cache, v_cache, indices, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def _launch_sparse(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float, *, block_k: int, n_splits: int,
+                   num_warps: int, num_stages: int) -> tuple[Tensor, Tensor]:
+    B, Hq, D = q.shape
+    HEADS, K = indices.shape[1:]
+    G = Hq // HEADS
+    out = torch.empty((B, Hq, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, Hq), dtype=torch.float32, device=q.device)
+    partial, partial_lse = _partial(out, lse, n_splits)
+    _sparse_attention_kernel[(n_splits, B * HEADS)](
+        checked_rows(q), checked_rows(k_cache), checked_rows(v_cache), indices.contiguous(), partial, partial_lse,
+        scale * 1.4426950408889634, K, n_splits, triton.cdiv(triton.cdiv(K, block_k), n_splits),  # scores in base 2: log2 e
+        *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        HEADS=HEADS, HEADS_PER_KV=HEADS // k_cache.shape[1], G=G, D=D, BLOCK_G=max(16, triton.next_power_of_2(G)),
+        BLOCK_K=block_k, BLOCK_D=triton.next_power_of_2(D), PRECISION=_precision(q),
+        num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT_LAUNCH)
+    _combine(partial, partial_lse, out, lse, n_splits)
+    return out, lse
+
+
+def _precision(q: Tensor) -> str:
+    """float32 is multiplied as float32; TF32 would lose what a float32 caller asks for."""
+    return "ieee" if q.dtype == torch.float32 else "tf32"
+
+
+# ------------------------------------------------------------------------------------------------------------ attend: dense
+
+@triton.jit
+def _dense_attention_kernel(q, k_cache, v_cache, seq_lens, partial, partial_lse, scale_log2, T, n_splits,
+                            q_b, q_t, q_h, k_b, k_h, k_s, v_b, v_h, v_s,
+                            HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                            BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    # later queries see more: they start first, so that no long block is left for the end
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    batch, kv_head = row // HKV, row % HKV
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)  # all heads of a group side by side
+    t, head, valid = m // G, kv_head * G + m % G, m < T * G
+    column = tl.arange(0, BLOCK_D)[None, :]
+    k_cache += batch * k_b + kv_head * k_h
+    v_cache += batch * v_b + kv_head * v_h
+    after_previous()
+    length = tl.load(seq_lens + batch)
+    queries = tl.load(q + batch * q_b + (t.to(tl.int64) * q_t + head * q_h)[:, None] + column,
+                      mask=valid[:, None] & (column < D), other=0.0)
+    last = length - T + t  # the newest token each query sees
+
+    # all queries of the block see [0, common), some see [0, seen); the split takes [start, stop) of it
+    common = tl.maximum(length - T + (block * BLOCK_M) // G + 1, 0)
+    seen = tl.maximum(length - T + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // G, T - 1) + 1, 0)
+    per_split = tl.cdiv(tl.cdiv(seen, BLOCK_N), n_splits) * BLOCK_N
+    start = split * per_split
+    stop = tl.minimum(start + per_split, seen)
+    unmasked = tl.maximum(tl.minimum(common // BLOCK_N * BLOCK_N, stop), start)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for masked in tl.static_range(2):
+        for first in range(unmasked if masked else start, stop if masked else unmasked, BLOCK_N):
+            position = first + tl.arange(0, BLOCK_N)
+            mask = ((position < stop)[:, None] | (masked == 0)) & (column < D)
+            visible = (position[None, :] <= last[:, None]) | (masked == 0)
+            at = position.to(tl.int64)[:, None]
+            k = tl.load(k_cache + at * k_s + column, mask=mask, other=0.0)
+            v = tl.load(v_cache + at * v_s + column, mask=mask, other=0.0)
+            top, total, acc = _attend(queries, k, v, visible, top, total, acc, scale_log2, PRECISION)
+    value, value_lse = _finish(top, total, acc)
+    out_row = (batch * T + t) * (HKV * G) + head
+    _store_rows(partial, partial_lse, out_row * n_splits + split, valid, value, value_lse, D, BLOCK_D)
+
+
+def dense_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor,
+                    scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """`hash_attention.dense_attention_reference`.
+
+    q [B, T, Hq, D], k_cache and v_cache [B, Hkv, S, D], seq_lens int32 [B] -> out [B, T, Hq, D], lse float32 [B, T, Hq].
+    """
+    return _dense_attention(q, k_cache, v_cache, seq_lens, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+@torch.library.custom_op("hashfast::dense_attention", mutates_args=())
+def _dense_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    B, T, Hq, _ = q.shape
+    HKV, S = k_cache.shape[1:3]
+    return _launch_dense(q, k_cache, v_cache, seq_lens, scale,
+                         **_dense_parameters(B * HKV, Hq // HKV * T, S, k_cache.element_size()))
+
+
+@_dense_attention.register_fake
+def _(q, k_cache, v_cache, seq_lens, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _launch_dense(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, scale: float, *, block_m: int, block_n: int,
+                  n_splits: int, num_warps: int, num_stages: int) -> tuple[Tensor, Tensor]:
+    B, T, Hq, D = q.shape
+    HKV = k_cache.shape[1]
+    G = Hq // HKV
+    out = torch.empty((B, T, Hq, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, T, Hq), dtype=torch.float32, device=q.device)
+    partial, partial_lse = _partial(out, lse, n_splits)
+    _dense_attention_kernel[(triton.cdiv(G * T, block_m), B * HKV, n_splits)](
+        checked_rows(q), checked_rows(k_cache), checked_rows(v_cache), seq_lens, partial, partial_lse,
+        scale * 1.4426950408889634, T, n_splits,  # scores in base 2: log2 e
+        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        HKV=HKV, G=G, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=triton.next_power_of_2(D), PRECISION=_precision(q),
+        num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT_LAUNCH)
+    _combine(partial, partial_lse, out, lse, n_splits)
+    return out, lse
