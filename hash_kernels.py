@@ -1,7 +1,7 @@
 """Triton kernels of signatures. hash_attention.py holds the definitions (`*_reference`) and the symbols used here.
 
 rope_encode_append   a step's queries, keys and values: rotate, encode, write to the cache   one kernel
-select_tokens        score and count by eighth bin, count by bin, write the selected          three kernels
+select_tokens        score and count, where there are many tokens count once more, write         two or three kernels
 
 attention_kernels.py holds the attention that follows. Each is a torch.library custom op: torch.compile(fullgraph=True) keeps
 it whole, and a CUDA graph can capture it, for nothing here waits for the device: shapes are static and lengths are read on the
@@ -27,16 +27,32 @@ def splits_per_row(programs: int, rows: int, tiles: int) -> int:
     return max(1, min(tiles, programs // rows))
 
 
+# The threshold among the 64 bins is found at once from a histogram where there are few tokens (64 levels); where there are
+# many, in two rounds of 8, each counting the tokens at or above 7 of them, which costs less per token and one kernel more.
+_COARSE = tl.constexpr(8)
+
+
 def _select_parameters(rows: int, S: int) -> dict[str, int]:
-    """chunk: tokens scored at a time; a block's range is a multiple of it.  step: tokens compacted at a time; divides chunk."""
+    """chunk: tokens scored at a time; a block's range is a multiple of it.  step: tokens compacted at a time; divides chunk.
+
+    levels: of the first count, see `_COARSE`.
+    """
     if rows * S <= 2 ** 18:
-        programs, chunk, score_warps, compact_warps = 264, 1024, 4, 1
+        programs, chunk, levels, compact_warps = 264, 1024, NUM_BINS, 1
+    elif rows * S <= 2 ** 20:
+        programs, chunk, levels, compact_warps = 528, 2048, NUM_BINS, 2
+    elif rows * S <= 2 ** 21:
+        programs, chunk, levels, compact_warps = 528, 1024, _COARSE.value, 1
     elif rows * S <= 2 ** 23:
-        programs, chunk, score_warps, compact_warps = 264, 4096, 8, 4
+        programs, chunk, levels, compact_warps = 1056, 2048, _COARSE.value, 2
     else:
-        programs, chunk, score_warps, compact_warps = 2112, 2048, 4, 2
-    n_blocks = max(splits_per_row(programs, rows, triton.cdiv(S, chunk)), triton.cdiv(S, 255 * chunk))  # counters of one byte
-    return {"chunk": chunk, "step": chunk, "n_blocks": n_blocks, "score_warps": score_warps, "compact_warps": compact_warps}
+        programs, chunk, levels, compact_warps = 2112, 2048, _COARSE.value, 1
+    n_blocks = splits_per_row(programs, rows, triton.cdiv(S, chunk))
+    if levels == NUM_BINS:
+        n_blocks = min(n_blocks, 64)  # every program of the last kernel reads the counts of all blocks
+    n_blocks = max(n_blocks, triton.cdiv(S, 255 * chunk))  # counters of one byte
+    return {"chunk": chunk, "step": chunk, "n_blocks": n_blocks, "levels": levels, "score_warps": 4,
+            "compact_warps": compact_warps}
 
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -231,8 +247,6 @@ def _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
 
 # A token's rank is one byte: 1 + bin where it competes, 0 where it does not. Ranks stay below 128, so four of them in an
 # int32 are compared at once: adding 128 - r to each byte sets the top bit of those >= r and never reaches the next byte.
-# The threshold among the 64 bins is found in two rounds of 8 (`LEVELS`), each counting the tokens at or above 7 of them.
-_LEVELS = tl.constexpr(8)
 
 
 @triton.jit
@@ -273,67 +287,102 @@ def _store_counts(counts, counters, lowest):
 
 
 @triton.jit
-def _load_counts(counts, n_blocks, BLOCKS: tl.constexpr):
-    """counts [n_blocks, 8] of a row -> [BLOCKS, 8], zeros past n_blocks."""
+def _load_counts(counts, n_blocks, BLOCKS: tl.constexpr, LEVELS: tl.constexpr):
+    """counts [n_blocks, LEVELS] of a row -> [BLOCKS, LEVELS], zeros past n_blocks."""
     other = tl.arange(0, BLOCKS)[:, None]
-    return tl.load(counts + other * _LEVELS + tl.arange(0, _LEVELS)[None, :], mask=other < n_blocks, other=0)
+    return tl.load(counts + other * LEVELS + tl.arange(0, LEVELS)[None, :], mask=other < n_blocks, other=0)
 
 
 @triton.jit
-def _level(counts, wanted, block, BLOCKS: tl.constexpr):
-    """The highest of 8 levels with `wanted` tokens at or above it, from counts [BLOCKS, 8].
+def _level(counts, wanted, LEVELS: tl.constexpr):
+    """The highest level with `wanted` tokens at or above it, from counts [BLOCKS, LEVELS].
 
-    -> level, tokens above it in all blocks, tokens at or above it and above it in the blocks before this one; 0 above the last.
+    -> level, tokens at or above it and above it in each block [BLOCKS]; none are above the last.
     """
-    level = tl.arange(0, _LEVELS)
-    total = tl.sum(counts, axis=0)
-    before = tl.sum(tl.where((tl.arange(0, BLOCKS) < block)[:, None], counts, 0), axis=0)
-    chosen = tl.maximum(tl.sum((total >= wanted).to(tl.int32), axis=0) - 1, 0)
-    return (chosen, tl.sum(tl.where(level == chosen + 1, total, 0), axis=0),
-            tl.sum(tl.where(level == chosen, before, 0), axis=0), tl.sum(tl.where(level == chosen + 1, before, 0), axis=0))
+    level = tl.arange(0, LEVELS)
+    chosen = tl.maximum(tl.sum((tl.sum(counts, axis=0) >= wanted).to(tl.int32), axis=0) - 1, 0)
+    return (chosen, tl.sum(tl.where((level == chosen)[None, :], counts, 0), axis=1),
+            tl.sum(tl.where((level == chosen + 1)[None, :], counts, 0), axis=1))
+
+
+@triton.jit
+def _threshold(counts, fine_counts, row, n_blocks, wanted, BINS: tl.constexpr, BLOCKS: tl.constexpr, LEVELS: tl.constexpr):
+    """The rank above which all tokens are selected. -> it, tokens above it and at it in each block [BLOCKS], how many of the
+    latter are selected."""
+    table = _load_counts(counts + row * n_blocks * LEVELS, n_blocks, BLOCKS, LEVELS)
+    if LEVELS < BINS:
+        fine_table = _load_counts(fine_counts + row * n_blocks * LEVELS, n_blocks, BLOCKS, LEVELS)
+    threshold, at_least, above = _level(table, wanted, LEVELS)
+    threshold += 1
+    if LEVELS < BINS:
+        fine, at_least, higher = _level(fine_table, wanted, LEVELS)
+        threshold = (threshold - 1) * (BINS // LEVELS) + 1 + fine
+        above = tl.where(fine == LEVELS - 1, above, higher)  # the next bin up may belong to the level above
+    return threshold, above, at_least - above, tl.maximum(wanted - tl.sum(above, axis=0), 0)
 
 
 @triton.jit
 def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, K, sink, recent, S, x_b, x_h, x_s, ranks_row,
                   HEADS: tl.constexpr, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr,
-                  PER_HEAD: tl.constexpr, CHUNK: tl.constexpr):
-    """The rank of every token, and how many of each block's are at or above every eighth bin."""
+                  PER_HEAD: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, EARLY: tl.constexpr):
+    """The rank of every token, and how many of each block's are at or above each level of bins.
+
+    EARLY: the first signatures are loaded while the kernel before still runs. What that one may write is the newest token's,
+    which does not compete where `recent` is at least 1.
+    """
     block, n_blocks = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
-    after_previous()
-    # loads that wait for nothing come first, here and below: a program's instructions are issued in order
+    if not EARLY:
+        after_previous()
+    _, low, high, _, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
+                                         HEADS, PER_HEAD, CHUNK)
+    signatures += (row // HEADS) * x_b + (row % HEADS) * x_h
+    # masked by the cache's length alone, as loads and stores masked at odd places are not vectorised
+    position = start + tl.arange(0, CHUNK)
+    words = ()
+    for w in tl.static_range(W):
+        words += (tl.load(signatures + position.to(tl.int64) * x_s + w, mask=position < S, other=0),)
+    if EARLY:
+        after_previous()
     planes += row * ((1 + P) * W)
     signs, magnitudes = (), ()
     for w in tl.static_range(W):
         signs += (tl.load(planes + w),)
         for p in tl.static_range(P):
             magnitudes += (tl.load(planes + (1 + p) * W + w),)
-    _, low, high, _, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
-                                         HEADS, PER_HEAD, CHUNK)
-    signatures += (row // HEADS) * x_b + (row % HEADS) * x_h
     ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32))
     total = 0
     for w in tl.static_range(W):
         for p in tl.static_range(P):
             total += _popcount(magnitudes[w * P + p]) << p
+    histogram = tl.zeros([BINS], tl.int32)
     zero = tl.zeros([CHUNK // 4], tl.int32)
     counters = (zero, zero, zero, zero, zero, zero, zero)
     for first in range(start, stop, CHUNK):
         position = tl.multiple_of(first, CHUNK) + tl.arange(0, CHUNK)
+        following = ()
+        for w in tl.static_range(W):
+            following += (tl.load(signatures + (position + CHUNK).to(tl.int64) * x_s + w,
+                                  mask=(position + CHUNK < S) & (first + CHUNK < stop), other=0),)
         score = tl.zeros([CHUNK], tl.int32)
         for w in tl.static_range(W):
-            # masked by the cache's length alone, as loads and stores masked at odd places are not vectorised
-            word = tl.load(signatures + position.to(tl.int64) * x_s + w, mask=position < S, other=0)
             for p in tl.static_range(P):
-                score += _popcount(~(word ^ signs[w]) & magnitudes[w * P + p]) << p
+                score += _popcount(~(words[w] ^ signs[w]) & magnitudes[w * P + p]) << p
         rank = tl.minimum(tl.maximum((score - total // 2) >> SHIFT, 0), BINS - 1) + 1
         if (first < low) | (first + CHUNK > high):
             rank = tl.where((position >= low) & (position < high), rank, 0)
-        words = tl.sum(tl.reshape(rank, [CHUNK // 4, 4]) << (8 * tl.arange(0, 4))[None, :], axis=1)
-        tl.store(ranks + first // 4 + tl.arange(0, CHUNK // 4), words)
-        counters = _count(counters, words, 1, BINS // _LEVELS)
-    competing = tl.maximum(tl.minimum(stop, high) - tl.maximum(start, low), 0)
-    _store_counts(counts + (row * n_blocks + block) * _LEVELS, counters, competing)
+        packed = tl.sum(tl.reshape(rank, [CHUNK // 4, 4]) << (8 * tl.arange(0, 4))[None, :], axis=1)
+        tl.store(ranks + first // 4 + tl.arange(0, CHUNK // 4), packed)
+        if LEVELS == BINS:
+            histogram += tl.histogram(rank - 1, BINS, mask=rank > 0)
+        else:
+            counters = _count(counters, packed, 1, BINS // LEVELS)
+        words = following
+    counts += (row * n_blocks + block) * LEVELS
+    if LEVELS == BINS:
+        tl.store(counts + tl.arange(0, BINS), tl.cumsum(histogram, axis=0, reverse=True))
+    else:
+        _store_counts(counts, counters, tl.maximum(tl.minimum(stop, high) - tl.maximum(start, low), 0))
 
 
 @triton.jit
@@ -343,65 +392,57 @@ def _count_kernel(seq_lens, ranks, counts, fine_counts, budgets, budget, K, sink
     block, n_blocks = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
     after_previous()
-    counts += row * n_blocks * _LEVELS
-    table = _load_counts(counts, n_blocks, BLOCKS)
+    counts += row * n_blocks * _COARSE
+    table = _load_counts(counts, n_blocks, BLOCKS, _COARSE)
     length, low, high, filled, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
                                                    HEADS, PER_HEAD, CHUNK)
     ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32)) + tl.arange(0, CHUNK // 4)
     words = tl.load(ranks + start // 4, mask=start < stop, other=0)
-    level, _, _, _ = _level(table, filled - (length - (high - low)), block, BLOCKS)
+    level, _, _ = _level(table, filled - (length - (high - low)), _COARSE)
     zero = tl.zeros([CHUNK // 4], tl.int32)
     counters = (zero, zero, zero, zero, zero, zero, zero)
     for first in range(start, stop, CHUNK):
         following = tl.load(ranks + (first + CHUNK) // 4, mask=first + CHUNK < stop, other=0)
-        counters = _count(counters, words, 1 + level * (BINS // _LEVELS), 1)
+        counters = _count(counters, words, 1 + level * (BINS // _COARSE), 1)
         words = following
-    _store_counts(fine_counts + (row * n_blocks + block) * _LEVELS, counters, tl.load(counts + block * _LEVELS + level))
+    _store_counts(fine_counts + (row * n_blocks + block) * _COARSE, counters, tl.load(counts + block * _COARSE + level))
 
 
 @triton.jit
-def _bits(flags):
-    """flags int32 [GROUPS, 8], 0 or 1 in each byte -> int32 [GROUPS], one bit each."""
-    nibbles = ((flags * 0x00204081) >> 21) & 0xF
-    return tl.sum(nibbles << (4 * tl.arange(0, 8))[None, :], axis=1)
+def _load_group(ranks, first, stop):
+    """The ranks of 32 tokens as 8 words, from `first` [GROUPS] on; zeros from `stop` on.
+
+    Word by word, so that each thread holds all of a group: a sum over a second dimension would leave the result in a layout
+    that every store after it has to change.
+    """
+    words = ()
+    for j in tl.static_range(8):
+        words += (tl.load(ranks + first // 4 + j, mask=first < stop, other=0),)
+    return words
 
 
 @triton.jit
-def _compact_kernel(seq_lens, ranks, counts, fine_counts, indices, budgets, budget, K, sink, recent, ranks_row,
-                    HEADS: tl.constexpr, BINS: tl.constexpr, PER_HEAD: tl.constexpr, CHUNK: tl.constexpr,
-                    STEP: tl.constexpr, BLOCKS: tl.constexpr):
-    """The selected positions in ascending order: every block knows from the counts where its own begin.
+def _bits(words, rank):
+    """words as `_load_group` gives them -> int32 [GROUPS], one bit per token: is its rank at least `rank`?"""
+    bits = tl.zeros_like(words[0])
+    for j in tl.static_range(8):
+        bits |= (((_at_least(words[j], rank) * 0x00204081) >> 21) & 0xF) << (4 * j)
+    return bits
 
+
+@triton.jit
+def _write_selected(ranks, words, indices, start, stop, threshold, sure, ties, ties_wanted, filled, STEP: tl.constexpr):
+    """Write the selected positions of [start, stop) in ascending order.
+
+    words: the first STEP ranks.  sure, ties: slots before `start` that are filled by tokens above the threshold or by
+    position, tokens at the threshold before `start`.
     Few tokens are selected, so a thread looks at 32 of them as the bits of a word and then writes bit after bit.
     """
-    block, n_blocks = tl.program_id(0), tl.num_programs(0)
-    row = tl.program_id(1).to(tl.int64)
-    after_previous()
-    coarse_table = _load_counts(counts + row * n_blocks * _LEVELS, n_blocks, BLOCKS)
-    fine_table = _load_counts(fine_counts + row * n_blocks * _LEVELS, n_blocks, BLOCKS)
-    length, low, high, filled, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
-                                                   HEADS, PER_HEAD, CHUNK)
-    GROUPS: tl.constexpr = STEP // 32
-    group = tl.arange(0, GROUPS)
-    ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32)) + (group[:, None] * 8 + tl.arange(0, 8)[None, :])
-    indices += row * K
-    start = tl.maximum(start, low // CHUNK * CHUNK)
-    stop = tl.minimum(stop, high)
-    words = tl.load(ranks + start // 4, mask=start < stop, other=0)
-    wanted = filled - (length - (high - low))
-    coarse, above_all, _, above_before = _level(coarse_table, wanted, block, BLOCKS)
-    fine, higher_all, ties, higher_before = _level(fine_table, wanted, block, BLOCKS)
-    threshold = 1 + coarse * (BINS // _LEVELS) + fine
-    last = fine == _LEVELS - 1  # the next bin up then belongs to the level above
-    sure = tl.where(last, above_before, higher_before)
-    ties_wanted = tl.maximum(wanted - tl.where(last, above_all, higher_all), 0)
-    ties -= sure  # ties of the blocks before this one
-    sure += low
-
     for first in range(start, stop, STEP):
-        following = tl.load(ranks + (first + STEP) // 4, mask=first + STEP < stop, other=0)
-        is_sure = _bits(_at_least(words, threshold + 1))
-        left = _bits(_at_least(words, threshold))
+        token = first + 32 * tl.arange(0, STEP // 32)  # the first one of each group
+        following = _load_group(ranks, token + STEP, stop)
+        is_sure = _bits(words, threshold + 1)
+        left = _bits(words, threshold)
         # one scan for both counts: STEP fits into 16 bits
         both = _popcount(is_sure) + (_popcount(left ^ is_sure) << 16)
         earlier = tl.cumsum(both, axis=0) - both
@@ -412,13 +453,35 @@ def _compact_kernel(seq_lens, ranks, counts, fine_counts, indices, budgets, budg
             left ^= lowest
             tie = (is_sure & lowest) == 0
             taken = (lowest != 0) & ((ties_here < ties_wanted) | ~tie)
-            tl.store(indices + slot, first + group * 32 + _popcount(lowest - 1), mask=taken & (slot < filled))
+            tl.store(indices + slot, token + _popcount(lowest - 1), mask=taken & (slot < filled))
             slot += taken.to(tl.int32)
             ties_here += (tie & (lowest != 0)).to(tl.int32)
         both = tl.sum(both, axis=0)
         sure += both & 0xFFFF
         ties += both >> 16
         words = following
+
+
+@triton.jit
+def _compact_kernel(seq_lens, ranks, counts, fine_counts, indices, budgets, budget, K, sink, recent, ranks_row,
+                    HEADS: tl.constexpr, BINS: tl.constexpr, PER_HEAD: tl.constexpr, CHUNK: tl.constexpr,
+                    STEP: tl.constexpr, BLOCKS: tl.constexpr, LEVELS: tl.constexpr):
+    """The selected positions in ascending order: every block knows from the counts where its own begin."""
+    block, n_blocks = tl.program_id(0), tl.num_programs(0)
+    row = tl.program_id(1).to(tl.int64)
+    after_previous()
+    length, low, high, filled, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
+                                                  HEADS, PER_HEAD, CHUNK)
+    start = tl.maximum(start, low // CHUNK * CHUNK)
+    stop = tl.minimum(stop, high)
+    ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32))
+    indices += row * K
+    words = _load_group(ranks, start + 32 * tl.arange(0, STEP // 32), stop)
+    wanted = filled - (length - (high - low))
+    threshold, above, ties, ties_wanted = _threshold(counts, fine_counts, row, n_blocks, wanted, BINS, BLOCKS, LEVELS)
+    before = tl.arange(0, BLOCKS) < block
+    _write_selected(ranks, words, indices, start, stop, threshold, low + tl.sum(tl.where(before, above, 0), axis=0),
+                   tl.sum(tl.where(before, ties, 0), axis=0), ties_wanted, filled, STEP)
 
     # the tokens that are in by their position, and the slots that nothing fills
     for first in range(block * STEP, low, n_blocks * STEP):
@@ -460,38 +523,42 @@ def _(planes, signatures, seq_lens, budget, budgets, sink, recent, K, shift):
 
 
 def _launch_select(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int, budgets: Tensor | None, sink: int,
-                   recent: int, K: int, shift: int, *, chunk: int, step: int, n_blocks: int, score_warps: int,
+                   recent: int, K: int, shift: int, *, chunk: int, step: int, n_blocks: int, levels: int, score_warps: int,
                    compact_warps: int) -> Tensor:
     limits = (budgets, budget, K, sink, recent)
-    scored = _launch_score(planes, signatures, seq_lens, limits, shift, chunk, n_blocks, score_warps)
+    scored = _launch_score(planes, signatures, seq_lens, limits, shift, chunk, n_blocks, levels, score_warps)
     return _launch_compact(*scored, seq_lens, limits, signatures.shape[1], chunk, step, compact_warps)
 
 
 def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: tuple, shift: int, chunk: int, n_blocks: int,
-                  num_warps: int) -> tuple[Tensor, Tensor]:
-    """-> ranks uint8 [B * Hs, S rounded up] and counts int32 [B * Hs, n_blocks, 8]. limits: (budgets, budget, K, sink, recent).
+                  levels: int, num_warps: int) -> tuple[Tensor, Tensor]:
+    """-> ranks uint8 [B * Hs, S rounded up] and counts int32 [B * Hs, n_blocks, levels].
+
+    limits: (budgets, budget, K, sink, recent).
     """
     B, HEADS, S, W = signatures.shape
     ranks_row = triton.cdiv(S, chunk) * chunk  # whole chunks, so that no access needs a mask
     ranks = torch.empty((B * HEADS, ranks_row), dtype=torch.uint8, device=planes.device)
-    counts = torch.empty((B * HEADS, n_blocks, _LEVELS.value), dtype=torch.int32, device=planes.device)
+    counts = torch.empty((B * HEADS, n_blocks, levels), dtype=torch.int32, device=planes.device)
     _score_kernel[(n_blocks, B * HEADS)](
         planes.contiguous(), checked_rows(signatures), seq_lens, ranks, counts, *limits, S, *signatures.stride()[:3], ranks_row,
         HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=shift, BINS=NUM_BINS, PER_HEAD=limits[0] is not None, CHUNK=chunk,
-        num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
+        LEVELS=levels, EARLY=limits[4] >= 1, num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
     return ranks, counts
 
 
 def _launch_compact(ranks: Tensor, counts: Tensor, seq_lens: Tensor, limits: tuple, heads: int, chunk: int, step: int,
                     num_warps: int) -> Tensor:
     """What `_launch_score` gave, with the same limits and chunk -> indices int32 [B, Hs, K]."""
-    rows, n_blocks, _ = counts.shape
+    rows, n_blocks, levels = counts.shape
     K = limits[2]
-    fine_counts = torch.empty_like(counts)
     indices = torch.empty((rows // heads, heads, K), dtype=torch.int32, device=ranks.device)
     shared = {"HEADS": heads, "BINS": NUM_BINS, "PER_HEAD": limits[0] is not None, "CHUNK": chunk,
               "BLOCKS": triton.next_power_of_2(n_blocks), "launch_pdl": DEPENDENT_LAUNCH}
-    _count_kernel[(n_blocks, rows)](seq_lens, ranks, counts, fine_counts, *limits, ranks.shape[1], num_warps=4, **shared)
+    fine_counts = None
+    if levels < NUM_BINS:
+        fine_counts = torch.empty_like(counts)
+        _count_kernel[(n_blocks, rows)](seq_lens, ranks, counts, fine_counts, *limits, ranks.shape[1], num_warps=4, **shared)
     _compact_kernel[(n_blocks, rows)](seq_lens, ranks, counts, fine_counts, indices, *limits, ranks.shape[1], STEP=step,
-                                      num_warps=num_warps, **shared)
+                                      LEVELS=levels, num_warps=num_warps, **shared)
     return indices

@@ -167,13 +167,15 @@ def test_select(bits, query_bits, share, group):
     check_select(planes, signatures, lengths(1, 700, 2437), 300, 16, 33, 300, config.shift(group))
 
 
+@pytest.mark.parametrize("levels", [8, 64])
 @pytest.mark.parametrize(("chunk", "step", "n_blocks"), [(256, 256, 1), (256, 128, 3), (512, 256, 9)])
-def test_select_across_blocks(chunk, step, n_blocks):
+def test_select_across_blocks(chunk, step, n_blocks, levels):
     """Several steps a chunk, chunks a block and blocks a row, more blocks than tokens, and a strided view of the cache."""
     config = HashConfig()
     planes = random_planes(config, 3, 2, 3)
     signatures = random_signatures(3, 1501, 3, 2)[:, :, 1:, 1:].transpose(1, 2)  # [3, 2, 1501, 1]
-    check_select(planes, signatures, lengths(5, 777, 1501), 200, 7, 20, 200, 0, chunk=chunk, step=step, n_blocks=n_blocks)
+    check_select(planes, signatures, lengths(5, 777, 1501), 200, 7, 20, 200, 0, chunk=chunk, step=step, n_blocks=n_blocks,
+                 levels=levels)
 
 
 @pytest.mark.parametrize(("budget", "sink", "recent"), [(300, 0, 0), (300, 100, 200), (130, 0, 129), (700, 64, 128)])
@@ -183,15 +185,16 @@ def test_select_edges(budget, sink, recent):
     check_select(planes, signatures, lengths(1, sink + 1, 130, 300, 700, 701, 900), budget, sink, recent, budget + 37, 0)
 
 
+@pytest.mark.parametrize("levels", [8, 64])
 @pytest.mark.parametrize("alike", ["all", "halves"])
-def test_select_ties(alike):
+def test_select_ties(alike, levels):
     """Equal scores go by position, across chunks and blocks."""
     config = HashConfig()
     signatures = random_signatures(2, 2, 1, 1).repeat(1, 1, 1100, 1)
     if alike == "halves":
         signatures[:, :, ::2] = ~signatures[:, :, ::2]
     planes = random_planes(config, 2, 2, 3)
-    check_select(planes, signatures, lengths(1100, 901), 400, 3, 5, 400, 0, chunk=256, step=256, n_blocks=3)
+    check_select(planes, signatures, lengths(1100, 901), 400, 3, 5, 400, 0, chunk=256, step=256, n_blocks=3, levels=levels)
 
 
 def test_select_weightless_query():
