@@ -96,13 +96,15 @@ def dense_peers(q: Tensor, caches: list[tuple[Tensor, Tensor]], seq_lens: Tensor
         k, v = (cache.repeat_interleave(Hq // Hkv, dim=1) for cache in caches[i])
         return F.scaled_dot_product_attention(single, k, v, attn_mask=mask)
 
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     flex = torch.compile(flex_attention, dynamic=False)
+    # as gpt-fast calls it; without a mask of blocks it would not split a long context
+    blocks = create_block_mask(lambda b, h, query, key: key < seq_lens[b], B, None, 1, S, device=q.device.type)
     return {
         "flash": sdpa(SDPBackend.FLASH_ATTENTION, single, True),
         "flash_grouped": sdpa(SDPBackend.FLASH_ATTENTION, grouped, False),
         "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION, single, True),
-        "flex": lambda i: flex(single, *caches[i], enable_gqa=True),
+        "flex": lambda i: flex(single, *caches[i], block_mask=blocks, enable_gqa=True),
         "classic": classic,
         "hashfast_dense": lambda i: dense_attention(q[:, None], *caches[i], seq_lens),
     }
