@@ -5,8 +5,8 @@
 As in Megatron-LM (arXiv 1909.08053), wqkv and w13 are divided by rows of their weights: a rank has n_head / N query heads, the
 n_kv_head / N key/value heads that these read, and intermediate_size / N channels. wo and w2 are divided by columns, with an
 all-reduce after each. Signatures, selection and attention never leave the rank. model.py is built at a rank's size
-(`shard_args`), each rank reads its own part of the checkpoint (`read_part`), and `parallelize` adds the collectives; torch.compile
-traces them and the CUDA graph captures them. The hidden state is the same in every rank to the last bit, and so are the logits.
+(`shard_args`), each rank reads its own part of the checkpoint (`read_part`), and `parallelize` adds the collectives, which
+torch.compile traces and the CUDA graph captures. Hidden state and logits are the same in every rank to the last bit.
 
 NCCL between GPUs, gloo between CPUs. Without torchrun nothing here does anything. Symbols as in model.py; N ranks.
 """
