@@ -2,6 +2,7 @@
 
     python bench.py attention --json results/attention_h200.json
     python bench.py decode --model llama-3.1-8b --shapes 1x32768 8x32768 --json results/decode_h200.json
+    torchrun --nproc_per_node 2 bench.py decode ...      each rank's share of the model on a GPU of its own (tp.py)
     python bench.py plot results/attention_h200.json results/decode_h200.json
 
 Attention times are medians of CUDA-graph replays over as many copies of the cache as it takes to read past the L2 cache, as
@@ -24,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import tp
 from checkpoint import PRESETS, random_model
-from common import Parser, UserError, atomic_path, environment, run_command
+from common import Parser, UserError, atomic_path, environment
 from decode import Decoder, Sampling, prefill
 from generate import bytes_per_step
 from hash_attention import Fingerprint, HashConfig, dense_attention, random_encoders, rope_encode_append, sparse_attention
@@ -207,7 +209,8 @@ def bench_decode(model: Transformer, name: str, batch: int, context: int, mode: 
     settings = encoders = None
     if mode == "hash":
         budget = max(64 * math.ceil(context / sparsity / 64), SINK + RECENT + 64)
-        settings, encoders = SparseSettings(budget, SINK, RECENT), random_encoders(HashConfig(), model.fingerprint())
+        settings = SparseSettings(budget, SINK, RECENT)
+        encoders = tp.shard_encoders(random_encoders(HashConfig(), model.fingerprint()))
     torch.cuda.reset_peak_memory_stats()
     model.setup_caches(batch, context + steps + 8, encoders, settings)
     torch._dynamo.reset()
@@ -216,8 +219,8 @@ def bench_decode(model: Transformer, name: str, batch: int, context: int, mode: 
     fill_caches(model)
     decoder.start(torch.zeros_like(decoder.token[:, 0]), context)
     ms = median_ms(decoder.step, steps)
-    row = {"model": name, "batch": batch, "context": context, "attention": mode, "sparsity": sparsity if mode == "hash" else 1,
-           "ms_per_step": ms, "tok_s": 1000 * batch / ms,
+    row = {"model": name, "ranks": model.args.ranks, "batch": batch, "context": context, "attention": mode,
+           "sparsity": sparsity if mode == "hash" else 1, "ms_per_step": ms, "tok_s": 1000 * batch / ms,
            "floor_ms": bytes_per_step(model, settings, context, batch) / bandwidth / 1000,
            "compile_s": compile_s, "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30, "copy_gb_s": bandwidth / 1000}
     model.setup_caches(1, 1)  # give the memory back
@@ -230,6 +233,9 @@ def decode(options: argparse.Namespace) -> list[dict]:
     """Rows of bench_decode. compile_s of the first row of a kind is a cold start where Inductor's cache is empty."""
     model = random_model(options.model, "cuda", torch.bfloat16)
     bandwidth = copy_bandwidth()
+    if options.one_shot:
+        batch = max(int(shape.split("x")[0]) for shape in options.shapes)
+        tp.use_one_shot(batch * model.args.dim, torch.bfloat16)
     rows = []
     for shape in options.shapes:
         batch, context = map(int, shape.split("x"))
@@ -237,9 +243,11 @@ def decode(options: argparse.Namespace) -> list[dict]:
             try:
                 row = bench_decode(model, options.model, batch, context, mode, options.sparsity, bandwidth, options.steps)
             except torch.OutOfMemoryError:
+                if tp.size() > 1:
+                    raise  # another rank may have had enough, and be in the middle of a step
                 print(f"{batch} x {context} {mode}: does not fit", file=sys.stderr)
                 continue
-            if options.warm_start and shape == options.shapes[0]:
+            if options.warm_start and tp.size() == 1 and shape == options.shapes[0]:
                 row["warm_start_s"] = warm_start(options, shape, mode)
             rows.append(row)
             print_table([row], header=len(rows) == 1)
@@ -380,6 +388,7 @@ def parse_options() -> argparse.Namespace:
     part.add_argument("--steps", type=int, default=50)
     part.add_argument("--no_warm_start", dest="warm_start", action="store_false",
                       help="do not start the first shape again in a second process")
+    part.add_argument("--one_shot", action="store_true", help="between ranks: an all-reduce through peer memory, not NCCL")
     part.add_argument("--json", type=Path)
     part.set_defaults(run=decode)
     part = commands.add_parser("prefill", help="reading a prompt")
@@ -399,10 +408,13 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         raise UserError("bench.py measures a GPU and this machine has none; run it where torch.cuda.is_available()")
+    if tp.size() > 1 and options.command != "decode":
+        raise UserError(f"bench.py {options.command} measures one GPU; start it without torchrun")
+    tp.check_device("cuda")
     rows = options.run(options)
-    if options.json is not None:
+    if options.json is not None and tp.rank() == 0:
         save(options.json, rows)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    tp.run_ranks(main)

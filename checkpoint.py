@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+import tp
 from common import UserError
 from model import ModelArgs, RopeScaling, Transformer
 
@@ -329,14 +330,17 @@ class Place:
 def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16) -> Transformer:
     """The model in `folder` on `device`, its weights converted to `dtype` while they are read one by one.
 
+    Of several ranks each reads and holds its own part (tp.py).
+
     Weights are read from safetensors, one file or many, with or without their index. Raises UserError.
     """
     folder, device = Path(folder), _device(device)
     args = load_args(folder)
     files = _weight_files(folder)
+    _check_tensors(_meta_model(args), _places(args), files)
+    args = tp.shard_args(args, tp.size())
     model = _meta_model(args)
     places = _places(args)
-    _check_tensors(model, places, files)
     _materialise(model, device, dtype)
     parameters = dict(model.named_parameters())
     with tqdm(total=len(places), desc="loading", unit="tensor", delay=2, disable=None) as progress:
@@ -346,29 +350,29 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: to
                     if name not in places:
                         continue
                     place = places[name]
-                    parameters[place.parameter].narrow(0, place.start, place.rows).copy_(tensors.get_tensor(name))
+                    tp.read_part(tensors, name, parameters[place.parameter].narrow(0, place.start, place.rows), tp.rank())
                     progress.update()
-    return model
+    return tp.parallelize(model)
 
 
 def random_model(preset: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16,
                  seed: int = 0) -> Transformer:
     """A model of random weights in the shape of `preset` (one of PRESETS): normal of deviation 0.02, norms 1.
 
-    The same seed gives the same weights on the same kind of device. Raises UserError.
+    The same seed gives the same weights on the same kind of device, and each rank weights of its own. Raises UserError.
     """
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; use one of {', '.join(PRESETS)}")
     device = _device(device)
-    model = _meta_model(PRESETS[preset])
+    model = _meta_model(tp.shard_args(PRESETS[preset], tp.size()))
     _materialise(model, device, dtype)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed + tp.rank())
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)
         else:
             parameter.normal_(0.0, 0.02, generator=generator)
-    return model
+    return tp.parallelize(model)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -415,11 +419,11 @@ def _places(args: ModelArgs) -> dict[str, Place]:
     """Every tensor that a checkpoint of this shape must hold, by its name there."""
     q, kv, ffn = args.n_head * args.head_dim, args.n_kv_head * args.head_dim, args.intermediate_size
     places = {
-        "model.embed_tokens.weight": Place("tok_embeddings.weight", 0, args.vocab_size),
+        "model.embed_tokens.weight": Place("tok_embeddings.weight", 0, args.vocab_rows),
         "model.norm.weight": Place("norm.weight", 0, args.dim),
     }
     if not args.tie_embeddings:
-        places["lm_head.weight"] = Place("output.weight", 0, args.vocab_size)
+        places["lm_head.weight"] = Place("output.weight", 0, args.vocab_rows)
     for i in range(args.n_layer):
         theirs, ours = f"model.layers.{i}.", f"layers.{i}."
         places[theirs + "input_layernorm.weight"] = Place(ours + "attention_norm.weight", 0, args.dim)

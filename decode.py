@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import tp
 from model import SparseSettings, Transformer, TransformerBlock
 
 PREFILL_CHUNK = 2048
@@ -29,7 +30,7 @@ def sample(logits: Tensor, sampling: Sampling) -> Tensor:
         logits = logits.masked_fill(logits < kept, float("-inf"))
     # the Gumbel trick draws from the distribution without the host sync that torch.multinomial needs
     noise = torch.empty_like(logits).exponential_(1)
-    return (logits.softmax(dim=-1) / noise).argmax(dim=-1)
+    return tp.from_first((logits.softmax(dim=-1) / noise).argmax(dim=-1))
 
 
 class Decoder:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import tp
 from checkpoint import PRESETS, load_model, random_model
 from common import (
     Parser,
@@ -29,7 +30,6 @@ from common import (
     check_device,
     default_device,
     environment,
-    run_command,
 )
 from decode import PREFILL_CHUNK, Decoder, Sampling, bytes_per_step, decode_all, prefill, sample, synchronize, tokens_read
 from hash_attention import HashConfig, load_signatures, random_encoders
@@ -172,6 +172,7 @@ def report(session: Session, prompts: list[list[int]], samples: list[Sample], te
         "temperature": options.temperature,
         "budget": session.settings.budget if session.settings else None,
         "tokens_read": tokens_read(session.settings, model, length),
+        "ranks": model.args.ranks,
         "device": options.device,
         "dtype": options.precision,
         "versions": environment(),
@@ -301,6 +302,7 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--budget {budget} is less than --sink {options.sink} plus --recent {options.recent}; "
                         f"give at least {least}")
     check_device(options.device)
+    tp.check_device(options.device)
     if options.precision is None:
         options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
     if (options.compile or options.compile_prefill) and not can_compile(options.device):
@@ -429,7 +431,7 @@ def plan_memory(options: argparse.Namespace, model: Transformer, length: int, ne
     args, weight, batch = model.args, model.tok_embeddings.weight, options.batch_size
     row = batch * 2 * args.n_kv_head * args.head_dim * weight.element_size() * args.n_layer
     signature_row = batch * sum(e.n_signature_head * e.config.words * 4 for e in (encoders or [])[options.dense_layers:])
-    free = free_memory(options.device)
+    free = tp.least(free_memory(options.device))
     fits = free // (row + signature_row)
     if options.max_seq_length == "auto":
         length = max(needed, min(length, fits))
@@ -438,7 +440,8 @@ def plan_memory(options: argparse.Namespace, model: Transformer, length: int, ne
                         f"{free / 2 ** 30:.1f} GiB are free for them, and at most {fits} tokens fit; "
                         "shorten the prompt, --max_new_tokens or --max_seq_length, or use a smaller --batch_size")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    print(f"memory plan: weights {weights / 2 ** 30:.2f} GiB, K and V {row * length / 2 ** 30:.2f} GiB, signatures "
+    each = f" of each of {args.ranks} ranks" if args.ranks > 1 else ""
+    print(f"memory plan{each}: weights {weights / 2 ** 30:.2f} GiB, K and V {row * length / 2 ** 30:.2f} GiB, signatures "
           f"{signature_row * length / 2 ** 20:.1f} MiB for {f'{batch} x ' if batch > 1 else ''}{length} tokens; "
           f"up to {fits} tokens fit", file=sys.stderr)
     return length
@@ -452,7 +455,7 @@ def free_memory(device: str) -> int:
     else:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable"):
-                free = int(line.split()[1]) * 1024
+                free = int(line.split()[1]) * 1024 // tp.size()  # the ranks share it
     return free - min(free // 10, 2 ** 30)
 
 
@@ -518,14 +521,18 @@ class Display:
                 print(self.streams[0].end())
 
 
+def read_turn() -> str:
+    try:
+        return input("\n> ")
+    except EOFError:
+        return ""
+
+
 def chat(session: Session) -> None:
     """Turns on the terminal until an empty line; only what is new of a turn is prefilled."""
     messages: list[dict] = []
     while True:
-        try:
-            turn = input("\n> ")
-        except EOFError:
-            return
+        turn = tp.on_first(read_turn)
         if not turn.strip():
             return
         messages.append({"role": "user", "content": turn})
@@ -558,7 +565,7 @@ def main() -> None:
     longest = max(map(len, prompts), default=0)
     length = cache_length(options, model, longest)
     before = read_comparison(options, prompts[0], model.args.vocab_size) if options.compare else None
-    encoders = load_encoders(options, model) if options.attention == "hash" else None
+    encoders = tp.shard_encoders(load_encoders(options, model)) if options.attention == "hash" else None
     length = plan_memory(options, model, length, longest + options.max_new_tokens, encoders)
     tokens = length if options.interactive else longest + options.max_new_tokens
     settings = sparse_settings(options, length, tokens) if encoders is not None else None
@@ -581,7 +588,7 @@ def main() -> None:
                       for row, tokens in enumerate(samples[-1].tokens)]
     if options.no_stream and not options.json:
         print("\n".join(texts))
-    if options.profile is not None:
+    if options.profile is not None and tp.rank() == 0:
         with atomic_path(options.profile) as beside:
             profiler.export_chrome_trace(str(beside))
     result = report(session, prompts, samples, texts)
@@ -593,11 +600,12 @@ def main() -> None:
     if options.save is not None:
         tokens = samples[-1].tokens[0]
         saved = result | {"log_likelihood": session.teacher_force(prompts[0], tokens)[1] if len(tokens) > 1 else None}
-        with atomic_path(options.save) as beside:
-            beside.write_text(json.dumps(saved))
+        if tp.rank() == 0:
+            with atomic_path(options.save) as beside:
+                beside.write_text(json.dumps(saved))
     if options.json:
         print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    tp.run_ranks(main)

@@ -45,6 +45,7 @@ class ModelArgs:
     """The shape of a model; checkpoint.py reads it from config.json.
 
     max_position: the context length that the model was made for.  sliding_window: None where attention is full.
+    ranks: processes that share the model (tp.py); n_head, n_kv_head and intermediate_size are then of one of them.
     """
     n_layer: int
     dim: int
@@ -60,6 +61,12 @@ class ModelArgs:
     sliding_window: int | None = None
     qkv_bias: bool = False
     tie_embeddings: bool = False
+    ranks: int = 1
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding and output tables that a rank holds, those past the vocabulary's end included."""
+        return -(-self.vocab_size // self.ranks)
 
 
 @dataclass(frozen=True)
@@ -184,10 +191,10 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.args = args
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.tok_embeddings = nn.Embedding(args.vocab_rows, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layer))
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.output = nn.Linear(args.dim, args.vocab_rows, bias=False)
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         with torch.device("cpu"):  # also where the parameters are made on the meta device
@@ -195,7 +202,8 @@ class Transformer(nn.Module):
 
     def fingerprint(self) -> Fingerprint:
         args = self.args
-        return Fingerprint(args.n_layer, args.n_head, args.n_kv_head, args.head_dim, args.rope_theta, args.vocab_size)
+        return Fingerprint(args.n_layer, args.n_head * args.ranks, args.n_kv_head * args.ranks, args.head_dim, args.rope_theta,
+                           args.vocab_size)
 
     def setup_caches(self, batch: int, length: int, encoders: list[HashEncoder] | None = None,
                      sparse: SparseSettings | None = None) -> None:
