@@ -217,7 +217,7 @@ def select_tokens_reference(planes: Tensor, signatures: Tensor, seq_lens: Tensor
     planes int32 [B, Hs, 1 + P, W], signatures int32 [B, Hs, S, W], seq_lens int32 [B] -> indices int32 [B, Hs, K].
     Always in, inside the budget: the first `sink` and the last `recent` tokens. The rest come from between them by bin
     descending, then position ascending. A sequence no longer than the budget keeps all its tokens. Unused slots are -1.
-    The order within a row is free; the set is not.
+    The order within a row is free; the set is not. Here it is by rank: a smaller budget's tokens come first.
     budget: tokens per signature head, an int or int32 [Hs] on the device, each at least sink + recent and at most K.
     K: slots in the result; the int budget where not given.  shift: `HashEncoder.shift`.
     """

@@ -12,7 +12,8 @@ import train_hash
 from checkpoint import load_model
 from common import UserError, run_command
 from hash_attention import Fingerprint, HashConfig, HashEncoder, load_signatures, random_encoders
-from train_hash import RECIPES, Listwise, Sequence, Standard, attention_weights, caught_mass, selectable_region, train_layer
+from recipes import RECIPES, Listwise
+from train_hash import Sequence, Standard, attention_weights, caught_mass, selectable_region, train_layer
 
 SHAPE = Fingerprint(n_layer=1, n_head=4, n_kv_head=2, head_dim=16, rope_theta=1e4, vocab_size=256)
 SINK, RECENT = 4, 8
@@ -194,9 +195,10 @@ def test_capture_is_what_the_model_computes(folder: Path, monkeypatch: pytest.Mo
         model.prefill(ids)
     captured = list(train_hash.capture(model, [Sequence(ids[None]), Sequence(ids[None, :40])]))
     assert len(captured) == 2
-    for layer, (queries, keys) in zip(model.layers, captured, strict=True):
+    for layer, (queries, keys, values) in zip(model.layers, captured, strict=True):
         assert queries[0].shape == (4, 100, 16) and queries[1].shape == (4, 40, 16)
         torch.testing.assert_close(keys[0], layer.attention.cache.k[0])
+        torch.testing.assert_close(values[0], layer.attention.cache.v[0])
         torch.testing.assert_close(keys[1], keys[0][:, :40], atol=1e-5, rtol=1e-4)
 
 
