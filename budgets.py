@@ -8,11 +8,13 @@ A budget is the window (sink and recent) and units of 64 chosen tokens, of which
 head's part of the units above that one, with mean 1 over all heads.
 """
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from common import UserError
+from model import SparseSettings
 
 UNIT = 64
 MOST = 4  # a head's chosen tokens, in means over the heads: every row of indices is as long as the longest
@@ -84,3 +86,10 @@ def budgets_for(about: dict, budget: int, tokens: int, window: int, dense_layers
     units[(wanted - units).sort(descending=True, stable=True).indices[:left]] += 1
     sparse = (window + UNIT * (1 + units)).long().view(-1, heads).tolist()
     return tuple((budget,) * heads for _ in range(min(dense_layers, n_layer))) + tuple(tuple(row) for row in sparse)
+
+
+def calibrated(settings: SparseSettings, about: dict, tokens: int, length: int) -> SparseSettings:
+    """`settings`, its budget spread over layers and heads as `budgets_for` says, for a cache of `length` tokens."""
+    spread = budgets_for(about, settings.budget, tokens, settings.sink + settings.recent, settings.dense_layers)
+    spread = tuple(tuple(min(budget, length) for budget in heads) for heads in spread)
+    return replace(settings, budget=max(map(max, spread[settings.dense_layers:]), default=settings.budget), budgets=spread)
