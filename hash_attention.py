@@ -411,7 +411,7 @@ def save_signatures(path: str | Path, encoders: list[HashEncoder], model: Finger
     """Write the encoders of all layers, their config, the model's fingerprint and how they came to be, as safetensors."""
     tensors = {f"layers.{i}.{name}": tensor.detach().cpu().contiguous()
                for i, encoder in enumerate(encoders) for name, tensor in encoder.state_dict().items()}
-    about = {"config": asdict(encoders[0].config), "model": asdict(model), **provenance}
+    about = {**provenance, "config": asdict(encoders[0].config), "model": asdict(model)}
     with atomic_path(path) as beside:
         save_file(tensors, beside, metadata={"hashfast": json.dumps(about)})
 

@@ -97,8 +97,11 @@ class Hata(Recipe):
     """HATA (arXiv 2506.02572, section 3.1): one linear map per KV head, shared by queries and keys.
 
     h = 2 sigmoid(0.1 x W) - 1; the top tenth of the keys are labelled s = 20 down to 1, the others -1; loss
-    0.01 mean(s ||h_q - h_k||^2) + bit balance + ||W'W - I||. SGD at 0.1 with momentum 0.9. The last term has the last word:
-    training moves W little, and weights that move it more help some layers and harm others.
+    0.01 mean(s ||h_q - h_k||^2) + bit balance + ||W'W - I||. SGD at 0.1 with momentum 0.9.
+
+    Means are over pairs and heads, and W starts as random projections of unit length. The authors' trainer sums over heads, so
+    that similarity weighs more, and starts from unit variance; in our hands that catches less attention (results/NOTES.md).
+    Where bits > D, W'W cannot be I; that W W' could be instead makes no difference.
     """
     config = HashConfig(bits=128, query_bits=1)
     standardise = False  # the map is shared, so that queries and keys must be in one space

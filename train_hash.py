@@ -3,7 +3,8 @@
     python train_hash.py --checkpoint_path checkpoints/model --data books/*.txt --out weights/model.safetensors
 
 The model is run one layer at a time over all training sequences, so that memory holds their hidden states and one layer's
-queries and keys. recipes.py holds the losses and their optimisers.
+queries, keys and values. recipes.py holds the losses and their optimisers. The file also says how to spread a budget over
+layers and heads (budgets.py), as measured on sequences kept out of training.
 
 Symbols: T sequence length, n query positions of one step, Hq query heads, Hkv key/value heads, Hs signature heads, D head_dim,
 b signature bits, d model width.
@@ -30,7 +31,15 @@ from tqdm import tqdm
 from budgets import UNIT, calibrate, curve_units
 from checkpoint import load_model
 from common import Parser, UserError, atomic_path, check_device, default_device, environment, run_command
-from hash_attention import Fingerprint, HashConfig, HashEncoder, random_encoders, save_signatures, select_tokens_reference
+from hash_attention import (
+    Fingerprint,
+    HashConfig,
+    HashEncoder,
+    load_signatures,
+    random_encoders,
+    save_signatures,
+    select_tokens_reference,
+)
 from model import Transformer, causal_attention
 from needles import make_needle
 from recipes import RECIPES, Recipe
@@ -338,6 +347,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sink", type=int, default=64, help="first tokens that are always attended to (default: 64)")
     parser.add_argument("--recent", type=int, default=128, help="last tokens that are always attended to (default: 128)")
     parser.add_argument("--resume", action="store_true", help="go on from the layers that OUT.partial holds")
+    parser.add_argument("--calibrate", action="store_true", help="measure --out as it is: held-out figures and budgets anew")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--precision", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the model")
@@ -411,7 +421,8 @@ def judge_layer(judged: dict[str, HashEncoder], kept: dict[str, list[Sequence]],
 
 def run_settings(args: argparse.Namespace, config: HashConfig, model: Transformer, texts: dict[str, str]) -> dict:
     """All that a layer's result depends on, for Partial."""
-    names = ("recipe", "context", "sequences", "needles", "steps", "layers", "sink", "recent", "seed", "device", "precision")
+    names = ("recipe", "context", "sequences", "needles", "steps", "layers", "sink", "recent", "seed", "device", "precision",
+             "calibrate")
     digest = hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()[:16]
     return {**asdict(config), **{name: getattr(args, name) for name in names}, "data": digest, **asdict(model.fingerprint()),
             "checkpoint_path": str(args.checkpoint_path.resolve()), "torch": torch.__version__}
@@ -434,13 +445,15 @@ def main() -> None:
     window = args.sink + args.recent
     budget = max(args.context // 16, window + UNIT)
     fingerprint: Fingerprint = model.fingerprint()
-    encoders = random_encoders(config, fingerprint, args.seed)
+    encoders, before = load_signatures(args.out, fingerprint) if args.calibrate else (
+        random_encoders(config, fingerprint, args.seed), {})
+    config = encoders[0].config
     untrained = random_encoders(config, fingerprint, args.seed + 1)
     partial = Partial(args.out, run_settings(args, config, model, texts), args.resume)
     masses, curves = [], []
     every = training + [sequence for sequences in kept.values() for sequence in sequences]
     layers = tqdm(capture(model, every), total=fingerprint.n_layer, desc="layers", unit="layer")
-    for i, (queries, keys, _) in enumerate(layers):
+    for i, (queries, keys, values) in enumerate(layers):
         done = partial.load(i)
         if done is not None:
             curve = done[0].pop("curve")
@@ -448,7 +461,7 @@ def main() -> None:
             mass = done[1]
         else:
             encoders[i].to(args.device)
-            if args.layers is None or i in args.layers:
+            if not args.calibrate and (args.layers is None or i in args.layers):
                 encoders[i], losses = train_layer(
                     recipe, encoders[i], queries[:len(training)], keys[:len(training)], [s.asked for s in training], args.steps,
                     args.sink, args.recent, args.seed * 100_003 + i)
@@ -458,22 +471,22 @@ def main() -> None:
             partial.save(i, encoders[i].state_dict() | {"curve": curve}, mass)
         masses.append(mass)
         curves.append(curve.cpu())
-        del queries, keys  # the next layer's need the room
+        del queries, keys, values  # the next layer's need the room
 
     held_out = {kind: [mass[kind] for mass in masses] for kind in kept}
     print(f"attention mass caught by {budget} of {args.context} tokens, on sequences kept out of training")
     print(table(held_out))
-    provenance = {
+    provenance = before if args.calibrate else {
         "recipe": args.recipe, "steps": args.steps, "context": args.context, "sequences": args.sequences,
         "needles": sum(sequence.asked > 0 for sequence in training), "data": [Path(path).name for path in texts],
         "layers": args.layers, "seed": args.seed, "precision": args.precision,
         "seconds": round(time.perf_counter() - begin), "environment": environment(),
-        "budgets": calibrate(torch.stack(curves), args.context, window),
-        "held_out": {"budget": budget, "sink": args.sink, "recent": args.recent, "mass": held_out},
     }
+    provenance |= {"budgets": calibrate(torch.stack(curves), args.context, window),
+                   "held_out": {"budget": budget, "sink": args.sink, "recent": args.recent, "mass": held_out}}
     save_signatures(args.out, encoders, fingerprint, provenance)
     partial.remove()
-    print(f"{args.out}: {fingerprint.n_layer} layers in {provenance['seconds']} s")
+    print(f"{args.out}: {fingerprint.n_layer} layers in {time.perf_counter() - begin:.0f} s")
 
 
 if __name__ == "__main__":
