@@ -190,8 +190,10 @@ def tokens_read(settings: SparseSettings | None, model: Transformer, length: flo
     """Tokens whose K and V one decode step reads, mean over the layers, at a cache of `length` tokens."""
     if settings is None:
         return length
-    dense = min(settings.dense_layers, model.args.n_layer) / model.args.n_layer
-    return dense * length + (1 - dense) * min(settings.budget, length)
+    n_layer, dense = model.args.n_layer, min(settings.dense_layers, model.args.n_layer)
+    budgets = settings.budgets or ((settings.budget,),) * n_layer
+    read = [sum(min(budget, length) for budget in heads) / len(heads) for heads in budgets[dense:]]
+    return (dense * length + sum(read)) / n_layer
 
 
 def bytes_per_step(model: Transformer, settings: SparseSettings | None, length: float, batch: int) -> int:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import tp
+from budgets import calibrated
 from checkpoint import PRESETS, load_model, random_model
 from common import (
     Parser,
@@ -171,6 +172,7 @@ def report(session: Session, prompts: list[list[int]], samples: list[Sample], te
         "attention": options.attention,
         "temperature": options.temperature,
         "budget": session.settings.budget if session.settings else None,
+        "budgets": session.settings.budgets if session.settings else None,
         "tokens_read": tokens_read(session.settings, model, length),
         "ranks": model.args.ranks,
         "device": options.device,
@@ -245,6 +247,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--budget", type=int, help="tokens attended per KV head (default 2048)")
     sizes.add_argument("--sparsity", type=float, help="budget = 1/SPARSITY of prompt and new tokens, in steps of 64")
+    add("--budgets", choices=("even", "calibrated"), default="even",
+        help="the same for every layer and head, or of the same mean as --signatures were calibrated (default: even)")
     add("--sink", type=int, default=64, help="first tokens, always attended")
     add("--recent", type=int, default=128, help="last tokens, always attended")
     add("--dense_layers", type=int, default=0, help="first layers that stay dense")
@@ -297,6 +301,8 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
     options.batch_size = options.batch_size or max(len(options.lines), 1)
     if options.interactive and (options.batch_size > 1 or options.num_samples > 1):
         raise UserError("--interactive serves one sequence; leave --batch_size and --num_samples out")
+    if options.budgets == "calibrated" and options.signatures is None:
+        raise UserError("--budgets calibrated needs --attention hash and --signatures FILE, which holds the calibration")
     least, budget = options.sink + options.recent, options.budget or 2048
     if options.attention == "hash" and options.sparsity is None and budget < least:
         raise UserError(f"--budget {budget} is less than --sink {options.sink} plus --recent {options.recent}; "
@@ -415,12 +421,14 @@ def sparse_settings(options: argparse.Namespace, length: int, tokens: int) -> Sp
     return SparseSettings(min(budget, length), options.sink, options.recent, options.dense_layers)
 
 
-def load_encoders(options: argparse.Namespace, model: Transformer) -> list:
+def load_encoders(options: argparse.Namespace, model: Transformer) -> tuple[list, dict]:
+    """-> the encoder of each layer, and what their file says of them."""
     if options.signatures is not None:
-        return load_signatures(options.signatures, model.fingerprint())[0]
+        encoders, about = load_signatures(options.signatures, model.fingerprint())
+        return tp.shard_encoders(encoders), about
     print("warning: no --signatures file, so random projections choose the tokens; train one with train_hash.py",
           file=sys.stderr)
-    return random_encoders(HashConfig(), model.fingerprint(), options.seed)
+    return tp.shard_encoders(random_encoders(HashConfig(), model.fingerprint(), options.seed)), {}
 
 
 def plan_memory(options: argparse.Namespace, model: Transformer, length: int, needed: int, encoders: list | None) -> int:
@@ -565,10 +573,12 @@ def main() -> None:
     longest = max(map(len, prompts), default=0)
     length = cache_length(options, model, longest)
     before = read_comparison(options, prompts[0], model.args.vocab_size) if options.compare else None
-    encoders = tp.shard_encoders(load_encoders(options, model)) if options.attention == "hash" else None
+    encoders, about = load_encoders(options, model) if options.attention == "hash" else (None, {})
     length = plan_memory(options, model, length, longest + options.max_new_tokens, encoders)
     tokens = length if options.interactive else longest + options.max_new_tokens
     settings = sparse_settings(options, length, tokens) if encoders is not None else None
+    if options.budgets == "calibrated":
+        settings = tp.shard_settings(calibrated(settings, about, tokens, length))
     session = Session(options, model, tokenizer, length, settings, encoders)
     if options.interactive:
         chat(session)

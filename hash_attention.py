@@ -37,7 +37,7 @@ NUM_BINS = 64
 class HashConfig:
     """The shape of signatures.
 
-    bits: signature bits per token and signature head, a multiple of 32.
+    bits: signature bits per token and signature head: 32, 64 or 128; or 16, stored as 32 whose upper half never counts.
     query_bits: 1 = signs alone (both papers); 2-8 = each query bit carries a signed integer weight of that many bits.
     depth: layers of the encoder, 1 (linear) to 3 (HashAttention's D -> hidden -> hidden -> bits with SiLU).
     hidden: width of the inner layers where depth > 1.
@@ -50,10 +50,12 @@ class HashConfig:
     share: str = "kv"
 
     def __post_init__(self) -> None:
-        if self.bits not in (32, 64, 128):
-            raise UserError(f"signature bits must be 32, 64 or 128, not {self.bits}")
+        if self.bits not in (16, 32, 64, 128):
+            raise UserError(f"signature bits must be 16, 32, 64 or 128, not {self.bits}")
         if not 1 <= self.query_bits <= 8:
             raise UserError(f"query_bits must be 1 to 8, not {self.query_bits}")
+        if self.bits == 16 and self.query_bits == 1:  # a sign is never 0, so that the upper half would count
+            raise UserError("16 signature bits need query_bits of at least 2")
         if not 1 <= self.depth <= 3:
             raise UserError(f"encoder depth must be 1 to 3, not {self.depth}")
         if self.share not in ("kv", "query"):
@@ -61,7 +63,7 @@ class HashConfig:
 
     @property
     def words(self) -> int:
-        return self.bits // 32
+        return -(-self.bits // 32)
 
     def signature_heads(self, n_head: int, n_kv_head: int) -> int:
         return n_kv_head if self.share == "kv" else n_head
@@ -92,7 +94,8 @@ class HashEncoder(nn.Module):
     """Encoders of one layer: phi_k for keys and phi_q for queries, all heads batched.
 
     Key weights are [Hs, in, out], query weights [Hq, in, out]; biases [Hs or Hq, out]. They stay in float32: they are small,
-    and bits next to zero then agree between devices.
+    and bits next to zero then agree between devices. The last layer is 32 W wide: where bits are 16, the outputs past them have
+    weights of zero, so that codes and query weights are 0 (training keeps them there: the gradient of one is the other).
     """
 
     def __init__(self, config: HashConfig, n_head: int, n_kv_head: int, head_dim: int) -> None:
@@ -100,7 +103,7 @@ class HashEncoder(nn.Module):
         self.config = config
         self.n_signature_head = config.signature_heads(n_head, n_kv_head)
         self.group = n_head // self.n_signature_head
-        widths = [head_dim] + [config.hidden] * (config.depth - 1) + [config.bits]
+        widths = [head_dim] + [config.hidden] * (config.depth - 1) + [32 * config.words]
         self.key = _perceptron(self.n_signature_head, widths)
         self.query = _perceptron(n_head, widths)
 
@@ -217,7 +220,7 @@ def select_tokens_reference(planes: Tensor, signatures: Tensor, seq_lens: Tensor
     planes int32 [B, Hs, 1 + P, W], signatures int32 [B, Hs, S, W], seq_lens int32 [B] -> indices int32 [B, Hs, K].
     Always in, inside the budget: the first `sink` and the last `recent` tokens. The rest come from between them by bin
     descending, then position ascending. A sequence no longer than the budget keeps all its tokens. Unused slots are -1.
-    The order within a row is free; the set is not.
+    The order within a row is free; the set is not. Here it is by rank: a smaller budget's tokens come first.
     budget: tokens per signature head, an int or int32 [Hs] on the device, each at least sink + recent and at most K.
     K: slots in the result; the int budget where not given.  shift: `HashEncoder.shift`.
     """
@@ -398,6 +401,8 @@ def random_encoders(config: HashConfig, model: Fingerprint, seed: int = 0) -> li
         for key, query in zip(encoder.key, encoder.query, strict=True):
             key.weight.normal_(std=key.weight.shape[1] ** -0.5, generator=generator)
             query.weight.copy_(key.weight.repeat_interleave(encoder.group, dim=0))
+        for last in (encoder.key[-1], encoder.query[-1]):
+            last.weight[..., config.bits:] = 0
         encoders.append(encoder)
     return encoders
 
@@ -406,7 +411,7 @@ def save_signatures(path: str | Path, encoders: list[HashEncoder], model: Finger
     """Write the encoders of all layers, their config, the model's fingerprint and how they came to be, as safetensors."""
     tensors = {f"layers.{i}.{name}": tensor.detach().cpu().contiguous()
                for i, encoder in enumerate(encoders) for name, tensor in encoder.state_dict().items()}
-    about = {"config": asdict(encoders[0].config), "model": asdict(model), **provenance}
+    about = {**provenance, "config": asdict(encoders[0].config), "model": asdict(model)}
     with atomic_path(path) as beside:
         save_file(tensors, beside, metadata={"hashfast": json.dumps(about)})
 

@@ -73,13 +73,15 @@ class ModelArgs:
 class SparseSettings:
     """What a hash decode step reads.
 
-    budget: tokens per signature head, `sink` first and `recent` last ones included.
+    budget: tokens per signature head, `sink` first and `recent` last ones included; with `budgets`, the most of any head.
     dense_layers: the first layers that attend to everything.
+    budgets: tokens of each layer and signature head, where they differ (budgets.py).
     """
     budget: int
     sink: int = 64
     recent: int = 128
     dense_layers: int = 0
+    budgets: tuple[tuple[int, ...], ...] | None = None
 
 
 class KVCache(nn.Module):
@@ -134,6 +136,7 @@ class Attention(nn.Module):
         self.encoder: HashEncoder | None = None
         self.cache: KVCache | None = None
         self.sparse: SparseSettings | None = None
+        self.register_buffer("budgets", None, persistent=False)  # int32 [Hs], where the heads' budgets differ
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, d] -> q [B, T, Hq, D], k and v [B, Hkv, T, D]; q and k after RoPE."""
@@ -149,8 +152,9 @@ class Attention(nn.Module):
         q, planes = rope_encode_append(self.wqkv(x), cos, sin, encoder, cache.k, cache.v, signatures, seq_lens)
         if self.sparse is None:
             return dense_attention(q, cache.k, cache.v, seq_lens)[0]
-        indices = select_tokens(planes, cache.signatures, seq_lens, self.sparse.budget, self.sparse.sink, self.sparse.recent,
-                                shift=encoder.shift)
+        budget = self.sparse.budget if self.budgets is None else self.budgets
+        indices = select_tokens(planes, cache.signatures, seq_lens, budget, self.sparse.sink, self.sparse.recent,
+                                K=self.sparse.budget, shift=encoder.shift)
         return sparse_attention(q[:, 0], cache.k, cache.v, indices)[0][:, None]
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, row: int, start: int) -> Tensor:
@@ -221,8 +225,11 @@ class Transformer(nn.Module):
 
     def set_sparse(self, sparse: SparseSettings | None) -> None:
         """Choose what decode steps read from now on: `sparse`, or everything (None). The caches stay as they are."""
-        for layer in self.layers:
+        device = self.tok_embeddings.weight.device
+        for i, layer in enumerate(self.layers):
             layer.attention.sparse = sparse if layer.attention.encoder is not None else None
+            uneven = sparse is not None and sparse.budgets is not None
+            layer.attention.budgets = torch.tensor(sparse.budgets[i], dtype=torch.int32, device=device) if uneven else None
 
     def forward(self, tokens: Tensor, seq_lens: Tensor) -> Tensor:
         """One decode step. tokens int64 [B, T], seq_lens int32 [B] with these tokens counted -> logits [B, T, vocab].

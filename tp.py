@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from common import UserError, run_command
 from hash_attention import HashEncoder
-from model import ModelArgs, Transformer
+from model import ModelArgs, SparseSettings, Transformer
 
 _group: str | None = None  # name of the process group; None in a process of its own
 _one_shot_buffer: Tensor | None = None
@@ -263,6 +263,12 @@ def parallelize(model: Transformer) -> Transformer:
 def shard_encoders(encoders: list[HashEncoder]) -> list[HashEncoder]:
     """The encoders of this rank's heads, of one per layer for the whole model."""
     return [shard_encoder(encoder, rank(), size()) for encoder in encoders] if size() > 1 else encoders
+
+
+def shard_settings(settings: SparseSettings) -> SparseSettings:
+    """Settings with the budgets of this rank's heads, of those of the whole model."""
+    heads = len(settings.budgets[0]) // size()
+    return replace(settings, budgets=tuple(row[rank() * heads:(rank() + 1) * heads] for row in settings.budgets))
 
 
 def shard_encoder(encoder: HashEncoder, rank: int, ranks: int) -> HashEncoder:

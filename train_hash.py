@@ -3,30 +3,46 @@
     python train_hash.py --checkpoint_path checkpoints/model --data books/*.txt --out weights/model.safetensors
 
 The model is run one layer at a time over all training sequences, so that memory holds their hidden states and one layer's
-queries and keys. Three recipes: `Listwise` (ours), `HashAttention` and `Hata` (the two papers', to compare with).
+queries, keys and values. recipes.py holds the losses and their optimisers. The file also says how to spread a budget over
+layers and heads (budgets.py), as measured on sequences kept out of training.
 
 Symbols: T sequence length, n query positions of one step, Hq query heads, Hkv key/value heads, Hs signature heads, D head_dim,
 b signature bits, d model width.
 """
 import argparse
 import glob
+import hashlib
+import json
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from budgets import UNIT, calibrate, curve_units
 from checkpoint import load_model
-from common import Parser, UserError, check_device, default_device, environment, run_command
-from hash_attention import Fingerprint, HashConfig, HashEncoder, random_encoders, save_signatures, select_tokens_reference
+from common import Parser, UserError, atomic_path, check_device, default_device, environment, run_command
+from hash_attention import (
+    Fingerprint,
+    HashConfig,
+    HashEncoder,
+    load_signatures,
+    random_encoders,
+    save_signatures,
+    select_tokens_reference,
+)
 from model import Transformer, causal_attention
 from needles import make_needle
+from recipes import RECIPES, Recipe
 from tokenizer import Tokenizer
 
 POSITIONS = 48  # query positions of one training step
@@ -62,59 +78,74 @@ def read_texts(patterns: list[str]) -> dict[str, str]:
     return texts
 
 
+def in_threads(make: Callable[[int], Sequence], count: int) -> list[Sequence]:
+    """make(0) .. make(count - 1); a tokenizer leaves the interpreter to other threads while it works."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(make, range(count)))
+
+
 def book_sequences(texts: dict[str, str], encode: Callable[[str], list[int]], count: int, context: int,
                    seed: int) -> list[Sequence]:
     """`count` stretches of `context` tokens that do not overlap, from one text after the other."""
     parts = -(-count // len(texts))
-    sequences = []
-    for i in range(count):
+
+    def make(i: int) -> Sequence:
         path, text = list(texts.items())[i % len(texts)]
         size = len(text) // parts
         part = text[i // len(texts) * size:][:size]
         start = random.Random(f"book {seed} {i}").randrange(max(1, size - 8 * context))  # a token is seldom over 8 characters
-        ids = encode(part[start:start + 16 * context])[:context]
+        ids = encode(part[start:start + 6 * context])  # enough for most prose, and a third of the time
+        if len(ids) < context + 8:  # the cut may have changed the last tokens
+            ids = encode(part[start:start + 16 * context])
         if len(ids) < context:
             raise UserError(f"{path} is too short: {parts} stretches of {context} tokens are needed of each text; "
                             "give more text to --data, fewer --sequences or a smaller --context")
-        sequences.append(Sequence(torch.tensor([ids])))
-    return sequences
+        return Sequence(torch.tensor([ids[:context]]))
+
+    return in_threads(make, count)
 
 
 def needle_sequences(texts: dict[str, str], encode: Callable[[str], list[int]], count: int, context: int,
                      seed: int) -> list[Sequence]:
     """`count` synthetic retrieval documents of at most `context` tokens, from the train split of needles.py."""
-    sequences = []
-    for i in range(count):
+    def make(i: int) -> Sequence:
         filler = list(texts.values())[-1 - i % len(texts)]
         needle = make_needle(NEEDLE_TASKS[i % len(NEEDLE_TASKS)], context, filler, seed * 100_003 + i, "train",
                              lambda text: len(encode(text)))
         ids = encode(needle.text)
-        sequences.append(Sequence(torch.tensor([ids]), asked=len(ids) - len(encode(needle.context))))
-    return sequences
+        return Sequence(torch.tensor([ids]), asked=len(ids) - len(encode(needle.context)))
+
+    return in_threads(make, count)
 
 
 # --------------------------------------------------------------------------------------------------------------- capture
 
 @torch.no_grad()
-def capture(model: Transformer, sequences: list[Sequence]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Queries [Hq, T, D] and keys [Hkv, T, D] after RoPE of every sequence, one layer after the other."""
+def capture(model: Transformer, sequences: list[Sequence]) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+    """Queries [Hq, T, D], keys and values [Hkv, T, D] of every sequence, after RoPE, one layer after the other.
+
+    On the device at a time: 2 T (d + (Hq + 2 Hkv) D) bytes of bfloat16 per sequence (20 of 32K: 4.7 GB where d = Hq D = 1536
+    and Hkv = 2, 13.4 GB where it is 4096 and Hkv = 8), beside the weights and what one layer's pass over one sequence needs.
+    """
     device = model.output.weight.device
     hidden = [model.tok_embeddings(sequence.ids.to(device)) for sequence in sequences]
     for block in model.layers:
-        queries, keys = [], []
+        queries, keys, values = [], [], []
         for i, x in enumerate(hidden):
             cos, sin = model.rope(torch.arange(x.shape[1], device=device)[None])
             q, k, v = block.attention.project(block.attention_norm(x), cos, sin)
             hidden[i] = block.finish(x, causal_attention(q, k, v))
             queries.append(q[0].transpose(0, 1).contiguous())
             keys.append(k[0].contiguous())
-        yield queries, keys
+            values.append(v[0].contiguous())
+        yield queries, keys, values
 
 
 def attention_weights(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
     """Causal attention weights. q [Hq, n, D], k [Hkv, T, D], positions int64 [n] of the queries -> float32 [Hq, n, T]."""
-    grouped = (q.float() * q.shape[-1] ** -0.5).unflatten(0, (len(k), -1)).flatten(1, 2)  # [Hkv, G * n, D]
-    logits = (grouped @ k.float().transpose(1, 2)).unflatten(1, (-1, len(positions)))
+    grouped = q.float().unflatten(0, (len(k), -1)).flatten(1, 2)  # [Hkv, G * n, D]
+    # scaled afterwards: products of bfloat16 are exact in TF32, scaled queries would not be
+    logits = (grouped @ k.float().transpose(1, 2)).mul_(q.shape[-1] ** -0.5).unflatten(1, (-1, len(positions)))
     hidden = torch.arange(k.shape[1], device=k.device) > positions[:, None]
     return logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1).flatten(0, 1)
 
@@ -123,130 +154,6 @@ def selectable_region(positions: Tensor, length: int, sink: int, recent: int) ->
     """The tokens that a query chooses among: neither sink nor recent. positions int64 [n] -> bool [n, length]."""
     token = torch.arange(length, device=positions.device)
     return (token >= sink) & (token <= positions[:, None] - recent)
-
-
-# --------------------------------------------------------------------------------------------------------------- recipes
-
-class Recipe(nn.Module):
-    """How one layer's encoder is trained: a loss over some query positions of one sequence, and an optimiser.
-
-    Inputs are standardised per channel where `standardise` says so, from statistics of the layer's training sequences.
-    """
-    config = HashConfig()
-    standardise = True
-
-    def __init__(self, encoder: HashEncoder) -> None:
-        super().__init__()
-        self.encoder = encoder.requires_grad_(True)
-
-    def forward(self, q: Tensor, k: Tensor, weights: Tensor, selectable: Tensor, progress: float) -> Tensor:
-        """The loss. q [Hq, n, D], k [Hkv, T, D], weights [Hq, n, T], selectable bool [n, T], progress 0 to 1 -> scalar."""
-        raise NotImplementedError
-
-    def optimizer(self) -> torch.optim.Optimizer:
-        raise NotImplementedError
-
-    def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-
-    def finish(self) -> HashEncoder:
-        return self.encoder.requires_grad_(False)
-
-    def codes(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Real-valued codes of queries [Hs, G, n, b] and keys [Hs, T, b]."""
-        encoder = self.encoder
-        return encoder.query_codes(q[None])[0].unflatten(0, (-1, encoder.group)), encoder.key_codes(k[None])[0]
-
-
-class Listwise(Recipe):
-    """Ours: the scores of the selectable tokens, as a distribution, shall be the group's attention over them.
-
-    Cross-entropy between the attention mass of a signature head's query heads (outside sink and recent, normalised) and
-    softmax(scale * score), scale learned per head, score = sum_i c_i tanh(slope * phi_k(k)_i) with c the summed query codes.
-    The slope grows from 1 to 3, so that the codes learn while they are soft and end close to the bits they become.
-    """
-
-    def __init__(self, encoder: HashEncoder) -> None:
-        super().__init__(encoder)
-        # The first distribution is nearly uniform: one that is sharp and wrong costs most of the steps to undo.
-        self.log_scale = nn.Parameter(torch.full((encoder.n_signature_head, 1, 1), -3.0, device=encoder.key[0].weight.device))
-
-    def forward(self, q: Tensor, k: Tensor, weights: Tensor, selectable: Tensor, progress: float) -> Tensor:
-        slope = 1 + 2 * progress
-        query, key = self.codes(q, k)
-        if self.encoder.config.query_bits == 1:  # a query code then counts by its sign alone
-            query = torch.tanh(slope * query)
-        score = (self.log_scale.exp() * query.sum(dim=1)) @ torch.tanh(slope * key).transpose(1, 2)  # [Hs, n, T]
-        mass = weights.unflatten(0, (-1, self.encoder.group)).sum(dim=1) * selectable
-        mass = mass / mass.sum(dim=-1, keepdim=True).clamp(min=1e-9)
-        return (score.masked_fill(~selectable, float("-inf")).logsumexp(dim=-1) - (mass * score).sum(dim=-1)).mean()
-
-    def optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=3e-2)
-
-    def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-2, total_steps=steps)
-
-
-class HashAttention(Recipe):
-    """HashAttention (arXiv 2412.14468, section 4): for each query head alone, is this key among the query's top tokens?
-
-    Binary cross-entropy of <tanh phi_q(q), tanh phi_k(k)> on the exact top 64 outside sink and recent, positives weighted by
-    20. Adam at 1e-3. The paper trains on far more text.
-    """
-    config = HashConfig(query_bits=1, depth=3, share="query")
-    standardise = False
-    top = 64
-
-    def forward(self, q: Tensor, k: Tensor, weights: Tensor, selectable: Tensor, progress: float) -> Tensor:
-        query, key = self.codes(q, k)
-        logit = torch.tanh(query).sum(dim=1) @ torch.tanh(key).transpose(1, 2)  # [Hs, n, T]
-        mass = weights.unflatten(0, (-1, self.encoder.group)).sum(dim=1) * selectable
-        label = torch.zeros_like(mass).scatter_(-1, mass.topk(min(self.top, mass.shape[-1]), dim=-1).indices, 1.0)
-        loss = F.binary_cross_entropy_with_logits(logit, label, weight=1 + 19 * label, reduction="none")
-        return (loss * selectable).sum() / (selectable.sum() * len(logit))
-
-    def optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.encoder.parameters(), lr=1e-3)
-
-
-class Hata(Recipe):
-    """HATA (arXiv 2506.02572, section 3.1): one linear map per KV head, shared by queries and keys.
-
-    h = 2 sigmoid(0.1 x W) - 1; the top tenth of the keys are labelled s = 20 down to 1, the others -1; loss
-    0.01 mean(s ||h_q - h_k||^2) + bit balance + ||W'W - I||. SGD at 0.1 with momentum 0.9. The last term has the last word:
-    training moves W little, and weights that move it more help some layers and harm others.
-    """
-    config = HashConfig(bits=128, query_bits=1)
-    standardise = False  # the map is shared, so that queries and keys must be in one space
-
-    def forward(self, q: Tensor, k: Tensor, weights: Tensor, selectable: Tensor, progress: float) -> Tensor:
-        grouped = q.unflatten(0, (-1, self.encoder.group)).flatten(1, 2)  # [Hs, G * n, D]
-        query = torch.tanh(0.05 * self.encoder.key_codes(grouped[None])[0])  # tanh(x / 2) = 2 sigmoid(x) - 1
-        key = torch.tanh(0.05 * self.encoder.key_codes(k[None])[0])  # [Hs, T, b]
-        distance = query.square().sum(-1)[..., None] + key.square().sum(-1)[:, None] - 2 * query @ key.transpose(1, 2)
-        mass = (weights * selectable).unflatten(0, (-1, self.encoder.group)).flatten(1, 2)  # [Hs, G * n, T]
-        top = max(1, mass.shape[-1] // 10)
-        rank = torch.arange(top, device=q.device).expand(*mass.shape[:-1], -1)
-        label = torch.full_like(mass, -1.0).scatter_(-1, mass.topk(top, dim=-1).indices, 20.0 - 20 * rank // top)
-        selectable = selectable.repeat(self.encoder.group, 1)
-        similarity = 0.01 * (label * distance * selectable).sum() / (selectable.sum() * len(mass))
-        balance = key.mean(dim=1).square().sum(dim=-1).mean()
-        weight = self.encoder.key[0].weight
-        decorrelation = (weight.transpose(1, 2) @ weight - torch.eye(weight.shape[-1], device=q.device)).norm(dim=(1, 2)).mean()
-        return similarity + balance + decorrelation
-
-    def optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD([layer.weight for layer in self.encoder.key], lr=0.1, momentum=0.9)
-
-    def finish(self) -> HashEncoder:
-        encoder = super().finish()
-        for key, query in zip(encoder.key, encoder.query, strict=True):
-            query.weight.copy_(key.weight.repeat_interleave(encoder.group, dim=0))
-        return encoder
-
-
-RECIPES: dict[str, type[Recipe]] = {"listwise": Listwise, "hashattention": HashAttention, "hata": Hata}
 
 
 # ----------------------------------------------------------------------------------------------------------------- train
@@ -276,30 +183,37 @@ class Standard:
         layer.bias.sub_((mean @ layer.weight).squeeze(1))
 
 
+def draw_positions(lengths: list[int], asked: list[int], steps: int, first: int, seed: int) -> tuple[list[int], Tensor]:
+    """The sequence of each step and its query positions, int64 [steps, POSITIONS], from `first` on.
+
+    Where a question was asked, half of the positions are in it. Drawn all at once, so that no step waits for the device.
+    """
+    choose = torch.Generator().manual_seed(seed)
+    sequences, positions = [], torch.empty(steps, POSITIONS, dtype=torch.int64)
+    for row in positions:
+        s = int(torch.randint(len(lengths), (), generator=choose))
+        row[:] = torch.randint(first, lengths[s], (POSITIONS,), generator=choose)
+        if asked[s]:
+            row[::2] = torch.randint(max(first, lengths[s] - asked[s]), lengths[s], (POSITIONS // 2,), generator=choose)
+        sequences.append(s)
+    return sequences, positions
+
+
 def train_layer(recipe: type[Recipe], encoder: HashEncoder, queries: list[Tensor], keys: list[Tensor], asked: list[int],
                 steps: int, sink: int, recent: int, seed: int) -> tuple[HashEncoder, list[float]]:
-    """Train one layer's encoder in place. queries [Hq, T, D] and keys [Hkv, T, D] per sequence -> encoder, loss of each step.
-
-    Each step takes one sequence and `POSITIONS` random query positions; where a question was asked, half of them in it.
-    """
+    """Train one layer's encoder in place. queries [Hq, T, D], keys [Hkv, T, D] per sequence -> encoder, loss of each step."""
     training = recipe(encoder)
     optimizer = training.optimizer()
     schedule = training.schedule(optimizer, steps)
     of_query, of_key = Standard.of(queries), Standard.of(keys)
     inputs = [of_key(k) for k in keys] if recipe.standardise else keys
-    choose = torch.Generator().manual_seed(seed)
-    first = sink + recent + 64  # a query before has too few tokens to choose among
+    # a query before sink + recent + 64 has too few tokens to choose among
+    chosen, drawn = draw_positions([k.shape[1] for k in keys], asked, steps, sink + recent + 64, seed)
     losses = []
-    for step in range(steps):
-        s = int(torch.randint(len(queries), (), generator=choose))
-        length = keys[s].shape[1]
-        positions = torch.randint(first, length, (POSITIONS,), generator=choose)
-        if asked[s]:
-            positions[::2] = torch.randint(max(first, length - asked[s]), length, (POSITIONS // 2,), generator=choose)
-        positions = positions.to(keys[s].device)
+    for step, (s, positions) in enumerate(zip(chosen, drawn.to(keys[0].device), strict=True)):
         q = queries[s][:, positions]
         weights = attention_weights(q, keys[s], positions)
-        selectable = selectable_region(positions, length, sink, recent)
+        selectable = selectable_region(positions, keys[s].shape[1], sink, recent)
         q = of_query(q) if recipe.standardise else q.float()
         loss = training(q, inputs[s].float(), weights, selectable, step / steps)
         optimizer.zero_grad()
@@ -317,6 +231,23 @@ def train_layer(recipe: type[Recipe], encoder: HashEncoder, queries: list[Tensor
 # -------------------------------------------------------------------------------------------------------------- held out
 
 @torch.inference_mode()
+def caught_curve(encoder: HashEncoder, weights: Tensor, q: Tensor, k: Tensor, positions: Tensor, budgets: list[int], sink: int,
+                 recent: int) -> Tensor:
+    """Share of the attention mass that each of these budgets catches, mean over positions and the heads of a group.
+
+    weights [Hq, n, T] of the queries q [Hq, n, D] at positions int64 [n], k [Hkv, T, D] -> float32 [Hs, budgets].
+    """
+    planes = encoder.encode_queries(q.transpose(0, 1))  # the positions are the batch: [n, Hs, 1 + P, W]
+    signatures = encoder.encode_keys(k[None]).expand(len(positions), -1, -1, -1)
+    indices = select_tokens_reference(planes, signatures, (positions + 1).int(), max(budgets), sink, recent,
+                                      shift=encoder.shift)
+    mass = weights.unflatten(0, (encoder.n_signature_head, -1)).mean(dim=1).transpose(0, 1)  # [n, Hs, T]
+    mass = mass.gather(-1, indices.clamp(min=0).long()).mul(indices >= 0)
+    # by rank, as the reference gives them, so that a smaller budget's tokens come first
+    return mass.cumsum(dim=-1).mean(dim=0)[:, torch.tensor(budgets, device=q.device) - 1]
+
+
+@torch.inference_mode()
 def caught_mass(encoders: dict[str, HashEncoder], q: Tensor, k: Tensor, positions: Tensor, budget: int, sink: int,
                 recent: int) -> dict[str, float]:
     """Share of the attention mass that `budget` tokens catch, mean over query heads and positions.
@@ -331,11 +262,7 @@ def caught_mass(encoders: dict[str, HashEncoder], q: Tensor, k: Tensor, position
     shares = {"window": float(window),
               "oracle": float(window + group_mass.topk(budget - sink - recent, dim=-1).values.sum(dim=-1).mean())}
     for name, encoder in encoders.items():
-        planes = encoder.encode_queries(q.transpose(0, 1))  # the positions are the batch: [n, Hs, 1 + P, W]
-        signatures = encoder.encode_keys(k[None]).expand(len(positions), -1, -1, -1)
-        indices = select_tokens_reference(planes, signatures, (positions + 1).int(), budget, sink, recent, shift=encoder.shift)
-        mass = weights.unflatten(0, (encoder.n_signature_head, -1)).mean(dim=1).transpose(0, 1)  # [n, Hs, T]
-        shares[name] = float(mass.gather(-1, indices.clamp(min=0).long()).mul(indices >= 0).sum(dim=-1).mean())
+        shares[name] = float(caught_curve(encoder, weights, q, k, positions, [budget], sink, recent).mean())
     return shares
 
 
@@ -362,6 +289,44 @@ def table(held_out: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------------------------------------------------------- resume
+
+class Partial:
+    """The layers that a run has finished, one file each in OUT.partial, for a run with --resume to go on from."""
+
+    def __init__(self, out: Path, settings: dict, resume: bool) -> None:
+        self.folder = out.with_name(out.name + ".partial")
+        self.settings = json.loads(json.dumps(settings))  # as a file gives them back
+        if not resume:
+            self.remove()
+
+    def load(self, layer: int) -> tuple[dict[str, Tensor], dict] | None:
+        """What `save` was given for this layer; None where the run had not come so far."""
+        path = self.folder / f"{layer}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["hashfast"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            before = about["settings"]
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete {self.folder} or leave --resume out") from error
+        for name, here in self.settings.items():
+            if before.get(name) != here:
+                raise UserError(f"--resume: {self.folder} is of a run with {name} {before.get(name)}, not {here}; "
+                                "give the same arguments, or leave --resume out to start again")
+        return tensors, about["found"]
+
+    def save(self, layer: int, tensors: dict[str, Tensor], found: dict) -> None:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with atomic_path(self.folder / f"{layer}.safetensors") as beside:
+            save_file(tensors, beside, metadata={"hashfast": json.dumps({"settings": self.settings, "found": found})})
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
 # --------------------------------------------------------------------------------------------------------------- command
 
 def parse_arguments() -> argparse.Namespace:
@@ -381,6 +346,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, nargs="+", help="train these alone; the others stay random projections")
     parser.add_argument("--sink", type=int, default=64, help="first tokens that are always attended to (default: 64)")
     parser.add_argument("--recent", type=int, default=128, help="last tokens that are always attended to (default: 128)")
+    parser.add_argument("--resume", action="store_true", help="go on from the layers that OUT.partial holds")
+    parser.add_argument("--calibrate", action="store_true", help="measure --out as it is: held-out figures and budgets anew")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--precision", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the model")
@@ -419,6 +386,48 @@ def check_model(args: argparse.Namespace, model: Transformer) -> None:
             raise UserError(f"--layers {layer} is not a layer of this model; give 0 to {model.args.n_layer - 1}")
 
 
+def make_sequences(args: argparse.Namespace, texts: dict[str, str]) -> tuple[list[Sequence], dict[str, list[Sequence]]]:
+    """The sequences to train on, and those kept out of training by kind ("books", "needles")."""
+    encode = Tokenizer.load(args.checkpoint_path).encode
+    n_needle = round(args.needles * args.sequences)
+    kept_needles = HELD_OUT if n_needle else 0
+    books = book_sequences(texts, encode, args.sequences - n_needle + HELD_OUT, args.context, args.seed)
+    needles = needle_sequences(texts, encode, n_needle + kept_needles, args.context, args.seed)
+    kept = {"books": books[:HELD_OUT], "needles": needles[:kept_needles]}
+    return books[HELD_OUT:] + needles[kept_needles:], {kind: sequences for kind, sequences in kept.items() if sequences}
+
+
+def judge_layer(judged: dict[str, HashEncoder], kept: dict[str, list[Sequence]], queries: list[Tensor], keys: list[Tensor],
+                budget: int, sink: int, recent: int) -> tuple[dict[str, dict[str, float]], Tensor]:
+    """Caught mass of one layer by kind of text, and the curve of "trained" by units, float32 [Hs, J].
+
+    queries and keys: of the sequences of `kept`, in their order.
+    """
+    captured = zip(queries, keys, strict=True)
+    masses, curves = {}, []
+    for kind, sequences in kept.items():
+        shares = []
+        for sequence, (q, k) in zip(sequences, captured, strict=False):
+            positions = held_out_positions(sequence).to(k.device)
+            q = q[:, positions]
+            shares.append(caught_mass(judged, q, k, positions, budget, sink, recent))
+            units = curve_units(k.shape[1], sink + recent)
+            curves.append(caught_curve(judged["trained"], attention_weights(q, k, positions), q, k, positions,
+                                       [sink + recent + UNIT * (1 + j) for j in range(units)], sink, recent))
+        masses[kind] = mean_shares(shares)
+    shortest = min(curve.shape[1] for curve in curves)
+    return masses, torch.stack([curve[:, :shortest] for curve in curves]).mean(dim=0)
+
+
+def run_settings(args: argparse.Namespace, config: HashConfig, model: Transformer, texts: dict[str, str]) -> dict:
+    """All that a layer's result depends on, for Partial."""
+    names = ("recipe", "context", "sequences", "needles", "steps", "layers", "sink", "recent", "seed", "device", "precision",
+             "calibrate")
+    digest = hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()[:16]
+    return {**asdict(config), **{name: getattr(args, name) for name in names}, "data": digest, **asdict(model.fingerprint()),
+            "checkpoint_path": str(args.checkpoint_path.resolve()), "torch": torch.__version__}
+
+
 def main() -> None:
     args = parse_arguments()
     check_arguments(args)
@@ -427,52 +436,57 @@ def main() -> None:
     config = replace(recipe.config, **{field: value for field, value in given.items() if value is not None})
     texts = read_texts(args.data)
     begin = time.perf_counter()
+    if args.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32: codes are learned as well, several times as fast
     model = load_model(args.checkpoint_path, args.device, getattr(torch, args.precision))
     check_model(args, model)
-    encode = Tokenizer.load(args.checkpoint_path).encode
+    training, kept = make_sequences(args, texts)
 
-    n_needle = round(args.needles * args.sequences)
-    kept_needles = HELD_OUT if n_needle else 0
-    books = book_sequences(texts, encode, args.sequences - n_needle + HELD_OUT, args.context, args.seed)
-    needles = needle_sequences(texts, encode, n_needle + kept_needles, args.context, args.seed)
-    training = books[HELD_OUT:] + needles[kept_needles:]
-    kept = {"books": books[:HELD_OUT], "needles": needles[:kept_needles]}
-    kept = {kind: sequences for kind, sequences in kept.items() if sequences}
-
-    budget = max(args.context // 16, args.sink + args.recent + 64)
+    window = args.sink + args.recent
+    budget = max(args.context // 16, window + UNIT)
     fingerprint: Fingerprint = model.fingerprint()
-    encoders = random_encoders(config, fingerprint, args.seed)
+    encoders, before = load_signatures(args.out, fingerprint) if args.calibrate else (
+        random_encoders(config, fingerprint, args.seed), {})
+    config = encoders[0].config
     untrained = random_encoders(config, fingerprint, args.seed + 1)
-    held_out: dict[str, list[dict[str, float]]] = {kind: [] for kind in kept}
+    partial = Partial(args.out, run_settings(args, config, model, texts), args.resume)
+    masses, curves = [], []
     every = training + [sequence for sequences in kept.values() for sequence in sequences]
     layers = tqdm(capture(model, every), total=fingerprint.n_layer, desc="layers", unit="layer")
-    for i, (queries, keys) in enumerate(layers):
-        encoders[i].to(args.device)
-        if args.layers is None or i in args.layers:
-            encoders[i], losses = train_layer(
-                recipe, encoders[i], queries[:len(training)], keys[:len(training)], [s.asked for s in training], args.steps,
-                args.sink, args.recent, args.seed * 100_003 + i)
-            layers.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
-        judged = {"random": untrained[i].to(args.device), "trained": encoders[i]}
-        s = len(training)
-        for kind, sequences in kept.items():
-            shares = []
-            for sequence in sequences:
-                positions = held_out_positions(sequence).to(args.device)
-                shares.append(caught_mass(judged, queries[s][:, positions], keys[s], positions, budget, args.sink, args.recent))
-                s += 1
-            held_out[kind].append(mean_shares(shares))
+    for i, (queries, keys, values) in enumerate(layers):
+        done = partial.load(i)
+        if done is not None:
+            curve = done[0].pop("curve")
+            encoders[i].load_state_dict(done[0])
+            mass = done[1]
+        else:
+            encoders[i].to(args.device)
+            if not args.calibrate and (args.layers is None or i in args.layers):
+                encoders[i], losses = train_layer(
+                    recipe, encoders[i], queries[:len(training)], keys[:len(training)], [s.asked for s in training], args.steps,
+                    args.sink, args.recent, args.seed * 100_003 + i)
+                layers.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
+            mass, curve = judge_layer({"random": untrained[i].to(args.device), "trained": encoders[i]}, kept,
+                                      queries[len(training):], keys[len(training):], budget, args.sink, args.recent)
+            partial.save(i, encoders[i].state_dict() | {"curve": curve}, mass)
+        masses.append(mass)
+        curves.append(curve.cpu())
+        del queries, keys, values  # the next layer's need the room
 
+    held_out = {kind: [mass[kind] for mass in masses] for kind in kept}
     print(f"attention mass caught by {budget} of {args.context} tokens, on sequences kept out of training")
     print(table(held_out))
-    provenance = {
-        "recipe": args.recipe, "steps": args.steps, "context": args.context, "sequences": args.sequences, "needles": n_needle,
-        "data": [Path(path).name for path in texts], "layers": args.layers, "seed": args.seed, "precision": args.precision,
+    provenance = before if args.calibrate else {
+        "recipe": args.recipe, "steps": args.steps, "context": args.context, "sequences": args.sequences,
+        "needles": sum(sequence.asked > 0 for sequence in training), "data": [Path(path).name for path in texts],
+        "layers": args.layers, "seed": args.seed, "precision": args.precision,
         "seconds": round(time.perf_counter() - begin), "environment": environment(),
-        "held_out": {"budget": budget, "sink": args.sink, "recent": args.recent, "mass": held_out},
     }
+    provenance |= {"budgets": calibrate(torch.stack(curves), args.context, window),
+                   "held_out": {"budget": budget, "sink": args.sink, "recent": args.recent, "mass": held_out}}
     save_signatures(args.out, encoders, fingerprint, provenance)
-    print(f"{args.out}: {fingerprint.n_layer} layers in {provenance['seconds']} s")
+    partial.remove()
+    print(f"{args.out}: {fingerprint.n_layer} layers in {time.perf_counter() - begin:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The model against Hugging Face transformers, and decode steps against prefill."""
+from dataclasses import replace
+
 import pytest
 import torch
 
 from checkpoint import load_model
-from decode import Decoder, Sampling, decode, prefill
-from hash_attention import HashConfig, random_encoders
+from decode import Decoder, Sampling, decode, prefill, tokens_read
+from hash_attention import HashConfig, random_encoders, select_tokens
 from model import SparseSettings
 
 transformers = pytest.importorskip("transformers")
@@ -106,13 +108,14 @@ def test_a_small_budget_reads_less_and_changes_logits(pair):
 
 
 @pytest.mark.parametrize("pair", ["qwen2"], indirect=True)
-@pytest.mark.parametrize("attention", ["dense", "hash"])
+@pytest.mark.parametrize("attention", ["dense", "hash", "hash of uneven budgets"])
 def test_one_compilation_serves_every_layer_length_and_prompt(pair, attention):
     """No graph break (fullgraph) and no recompilation over 200 steps and two prompts of different lengths."""
     ours = pair[1]
     hashed = ()
-    if attention == "hash":
-        hashed = (random_encoders(HashConfig(), ours.fingerprint()), SparseSettings(32, sink=4, recent=8))
+    if attention != "dense":
+        budgets = ((16, 32), (20, 14), (30, 30)) if "uneven" in attention else None
+        hashed = (random_encoders(HashConfig(), ours.fingerprint()), SparseSettings(32, sink=4, recent=8, budgets=budgets))
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -128,3 +131,41 @@ def test_one_compilation_serves_every_layer_length_and_prompt(pair, attention):
     assert counters["stats"]["unique_graphs"] == 3
     assert not counters["graph_break"]
     assert tokens == [greedy(ours, ids, count, *hashed) for ids, count in prompts]
+
+
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_every_layer_and_head_reads_its_own_budget(pair):
+    ours = pair[1]
+    ids = torch.randint(0, 120, (100,))
+    budgets = ((16, 40), (20, 14), (101, 12))
+    encoders = random_encoders(HashConfig(), ours.fingerprint())
+    settings = SparseSettings(101, sink=4, recent=8, budgets=budgets)
+    ours.setup_caches(1, 128, encoders, settings)
+    with torch.inference_mode():
+        ours.prefill(ids)
+        ours(torch.tensor([[5]]), torch.tensor([101], dtype=torch.int32))
+    seen = []
+    for layer in ours.layers:
+        attention = layer.attention
+        assert attention.budgets.dtype == torch.int32
+        q = torch.randn(1, 6, 16)
+        indices = select_tokens(attention.encoder.encode_queries(q), attention.cache.signatures,
+                                torch.tensor([101], dtype=torch.int32), attention.budgets, 4, 8, K=attention.sparse.budget)
+        assert indices.shape == (1, 2, 101)
+        seen.append(tuple((indices[0] >= 0).sum(dim=-1).tolist()))
+    assert tuple(seen) == budgets
+    assert tokens_read(settings, ours, 1000) == pytest.approx((16 + 40 + 20 + 14 + 101 + 12) / 6)
+    assert tokens_read(settings, ours, 30) == pytest.approx((16 + 30 + 20 + 14 + 30 + 12) / 6)
+    assert tokens_read(replace(settings, dense_layers=2), ours, 1000) == pytest.approx((2000 + 113 / 2) / 3)
+    ours.set_sparse(SparseSettings(32, sink=4, recent=8))
+    assert all(layer.attention.budgets is None for layer in ours.layers)
+
+
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_equal_budgets_of_all_heads_change_nothing(pair):
+    ours = pair[1]
+    ids = torch.randint(0, 120, (100,))
+    encoders = random_encoders(HashConfig(), ours.fingerprint())
+    even = greedy(ours, ids, 20, encoders, SparseSettings(24, sink=4, recent=8))
+    assert greedy(ours, ids, 20, encoders, SparseSettings(40, sink=4, recent=8, budgets=((24, 24),) * 3)) == even
+    assert greedy(ours, ids, 20, encoders, SparseSettings(40, sink=4, recent=8, budgets=((12, 40),) * 3)) != even

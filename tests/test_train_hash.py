@@ -11,8 +11,26 @@ from tokenizers import decoders, models, pre_tokenizers
 import train_hash
 from checkpoint import load_model
 from common import UserError, run_command
-from hash_attention import Fingerprint, HashConfig, HashEncoder, load_signatures, random_encoders
-from train_hash import RECIPES, Listwise, Sequence, Standard, attention_weights, caught_mass, selectable_region, train_layer
+from hash_attention import (
+    Fingerprint,
+    HashConfig,
+    HashEncoder,
+    load_signatures,
+    random_encoders,
+    save_signatures,
+    select_tokens_reference,
+)
+from recipes import RECIPES, Listwise
+from train_hash import (
+    Partial,
+    Sequence,
+    Standard,
+    attention_weights,
+    caught_curve,
+    caught_mass,
+    selectable_region,
+    train_layer,
+)
 
 SHAPE = Fingerprint(n_layer=1, n_head=4, n_kv_head=2, head_dim=16, rope_theta=1e4, vocab_size=256)
 SINK, RECENT = 4, 8
@@ -53,6 +71,18 @@ def test_listwise_learns(config: dict) -> None:
     assert share["window"] < share["random"] < share["oracle"]
     assert share["trained"] > share["random"] + 0.5 * (share["oracle"] - share["random"])
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_16_bits_are_32_whose_upper_half_never_counts() -> None:
+    encoder = trained("listwise", bits=16)[0]
+    q, k = structured(99)
+    signatures, planes = encoder.encode_keys(k[None]), encoder.encode_queries(q[None, :, 300])
+    assert signatures.shape[-1] == planes.shape[-1] == 1 and planes.any()
+    assert signatures.any() and not (signatures >> 16).any() and not (planes >> 16).any()
+    share = caught(encoder)
+    assert share["trained"] > share["random"] + 0.4 * (share["oracle"] - share["random"])
+    with pytest.raises(UserError, match="16 signature bits need query_bits of at least 2"):
+        HashConfig(bits=16, query_bits=1)
 
 
 def test_hashattention_learns() -> None:
@@ -152,6 +182,23 @@ def test_caught_mass_grows_with_the_budget_to_all(share: str) -> None:
     assert shares[0]["window"] == pytest.approx(shares[2]["window"])
 
 
+def test_caught_curve_is_what_each_budget_selects() -> None:
+    q, k = structured(5)
+    positions = torch.tensor([250, 399])
+    encoder = random_encoders(HashConfig(), SHAPE)[0]
+    weights = attention_weights(q[:, positions], k, positions)
+    budgets = [SINK + RECENT, 40, 41, 300]
+    curve = caught_curve(encoder, weights, q[:, positions], k, positions, budgets, SINK, RECENT)
+    planes = encoder.encode_queries(q[:, positions].transpose(0, 1))
+    signatures = encoder.encode_keys(k[None]).expand(2, -1, -1, -1)
+    for column, budget in zip(curve.T, budgets, strict=True):
+        indices = select_tokens_reference(planes, signatures, (positions + 1).int(), budget, SINK, RECENT, shift=encoder.shift)
+        for head in range(2):
+            caught = [weights[2 * head + g, i, indices[i, head][indices[i, head] >= 0].long()].sum()
+                      for i in range(2) for g in range(2)]
+            torch.testing.assert_close(column[head], torch.stack(caught).mean())
+
+
 # --------------------------------------------------------------------------------------------------------------- command
 
 WORDS = "river stone cloud lamp table window garden winter letter captain silver morning forest answer bread".split()
@@ -194,9 +241,10 @@ def test_capture_is_what_the_model_computes(folder: Path, monkeypatch: pytest.Mo
         model.prefill(ids)
     captured = list(train_hash.capture(model, [Sequence(ids[None]), Sequence(ids[None, :40])]))
     assert len(captured) == 2
-    for layer, (queries, keys) in zip(model.layers, captured, strict=True):
+    for layer, (queries, keys, values) in zip(model.layers, captured, strict=True):
         assert queries[0].shape == (4, 100, 16) and queries[1].shape == (4, 40, 16)
         torch.testing.assert_close(keys[0], layer.attention.cache.k[0])
+        torch.testing.assert_close(values[0], layer.attention.cache.v[0])
         torch.testing.assert_close(keys[1], keys[0][:, :40], atol=1e-5, rtol=1e-4)
 
 
@@ -214,6 +262,17 @@ def test_command_writes_what_loads(folder: Path, tmp_path: Path, monkeypatch: py
     assert printed[1][:3] == ["layer", "books:", "window,"] and [line[0] for line in printed[2:5]] == ["0", "1", "mean"]
 
 
+def test_calibration_leaves_signatures_as_they_are(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, fingerprint = tmp_path / "out.safetensors", load_model(folder).fingerprint()
+    save_signatures(out, random_encoders(HashConfig(bits=64), fingerprint, 5), fingerprint, {"recipe": "mine"})
+    command(monkeypatch, folder, out, "--calibrate", "--context", "1024", "--needles", "0")
+    encoders, about = load_signatures(out, fingerprint)
+    for ours, theirs in zip(encoders, random_encoders(HashConfig(bits=64), fingerprint, 5), strict=True):
+        assert torch.equal(ours.key[0].weight, theirs.key[0].weight)
+    # 1024 / 16 leaves no second unit to choose, and 128 at 1/8 one
+    assert about["recipe"] == "mine" and about["budgets"] == {} and len(about["held_out"]["mass"]["books"]) == 2
+
+
 def test_layers_left_out_stay_random(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "signatures.safetensors"
     command(monkeypatch, folder, out, "--layers", "1", "--needles", "0", "--bits", "64")
@@ -223,6 +282,52 @@ def test_layers_left_out_stay_random(folder: Path, tmp_path: Path, monkeypatch: 
     assert torch.equal(encoders[0].key[0].weight, untrained[0].key[0].weight)
     assert not torch.equal(encoders[1].key[0].weight, untrained[1].key[0].weight)
     assert list(about["held_out"]["mass"]) == ["books"] and about["layers"] == [1]
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    whole, out = tmp_path / "whole.safetensors", tmp_path / "out.safetensors"
+    partial = tmp_path / "out.safetensors.partial"
+    flags = ("--steps", "3", "--needles", "0.25")
+    command(monkeypatch, folder, whole, *flags)
+
+    trained_layers = []
+    train = train_hash.train_layer
+
+    def interrupted(*args):
+        trained_layers.append(args[-1])
+        if len(trained_layers) == 2:
+            raise KeyboardInterrupt
+        return train(*args)
+
+    monkeypatch.setattr(train_hash, "train_layer", interrupted)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, folder, out, *flags)
+    assert [path.name for path in partial.iterdir()] == ["0.safetensors"] and not out.exists()
+
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, folder, out, "--needles", "0.25", "--steps", "4", "--resume")
+    assert stop.value.code == 2 and len(trained_layers) == 2
+    assert "is of a run with steps 3, not 4; give the same arguments" in capsys.readouterr().err
+
+    command(monkeypatch, folder, out, *flags, "--resume")
+    assert trained_layers == [0, 1, 1] and not partial.exists()
+    fingerprint = load_model(folder).fingerprint()
+    (ours, about), (theirs, expected) = load_signatures(out, fingerprint), load_signatures(whole, fingerprint)
+    for a, b in zip(ours, theirs, strict=True):
+        assert all(torch.equal(a.state_dict()[name], tensor) for name, tensor in b.state_dict().items())
+    assert [about[key] for key in ("held_out", "budgets")] == [expected[key] for key in ("held_out", "budgets")]
+
+
+def test_without_resume_a_run_starts_again(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    Partial(out, {"steps": 3}, resume=False).save(0, {"a": torch.ones(2)}, {"found": 1})
+    tensors, found = Partial(out, {"steps": 3}, resume=True).load(0)
+    assert tensors["a"].tolist() == [1, 1] and found == {"found": 1}
+    assert Partial(out, {"steps": 3}, resume=True).load(1) is None
+    (tmp_path / "out.safetensors.partial" / "1.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="is damaged"):
+        Partial(out, {"steps": 3}, resume=True).load(1)
+    assert Partial(out, {"steps": 3}, resume=False).load(0) is None
 
 
 @pytest.mark.parametrize("flags, words", [
