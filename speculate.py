@@ -127,7 +127,7 @@ class Speculator:
         older of `recent`, has not been in it yet.
         """
         self.draft.set_sparse(self.settings)
-        tokens = self.recent[:, 1:] if self.is_self else self.recent
+        tokens = self.recent[:, 1:].contiguous() if self.is_self else self.recent  # strides as of the drafts: one compilation
         drafted, drawn_from = [], []
         for i in range(self.k):
             tokens, q = self.propose(self._forward(self.draft, self.draft_stem, tokens, 1 + i))
