@@ -28,6 +28,10 @@ LENGTH = 128
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def gpu_only(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
+
+
 def random_transformer(args: ModelArgs, seed: int) -> Transformer:
     torch.manual_seed(seed)
     model = Transformer(args).eval().requires_grad_(False)
@@ -53,7 +57,8 @@ def noisy(model: Transformer) -> Transformer:
 
 @torch.inference_mode()
 def first_tokens(model: Transformer, prompts: list[list[int]], sampling: Sampling = GREEDY) -> Tensor:
-    logits = [prefill(model, torch.tensor(ids), 1, row=row) for row, ids in enumerate(prompts)]
+    device = model.tok_embeddings.weight.device
+    logits = [prefill(model, torch.tensor(ids, device=device), 1, row=row) for row, ids in enumerate(prompts)]
     return sample(torch.stack(logits), sampling)
 
 
@@ -368,6 +373,54 @@ def test_every_part_is_compiled_once(model, sampling):
     assert counters["stats"]["unique_graphs"] == 6 and not counters["graph_break"]
     if sampling.greedy:
         assert tokens == [[dense_greedy(model, ids, 30) for ids in prompts] for prompts in batches]
+
+
+# -------------------------------------------------------------------------------------------------------------- on a GPU
+
+WIDE = dataclasses.replace(ARGS, head_dim=64)
+
+
+@gpu_only
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("drafter", ["self", "draft", "draft-hash"])
+def test_captured_rounds_give_the_tokens_of_the_reference(drafter, k, compiled):
+    torch._dynamo.reset()
+    on_cpu = random_transformer(WIDE, 0)
+    stop_ids = (dense_greedy(on_cpu, PROMPTS[0], 50)[9],)
+    expected = [until_end(dense_greedy(on_cpu, ids, 50), stop_ids) for ids in PROMPTS]
+    model, noisy = random_transformer(WIDE, 0).cuda(), random_transformer(WIDE, 0).cuda()
+    for parameter in noisy.parameters():
+        parameter.add_(0.02 * parameter.std(correction=0) * torch.randn_like(parameter))
+    speculator = speculator_for(model, drafter, 3, k, noisy, stop_ids, compiled=compiled)
+    assert run(speculator, PROMPTS, 50) == expected
+    assert run(speculator, PROMPTS[::-1], 50) == expected[::-1]
+    assert speculator.histogram[0] > 0 < speculator.histogram[k]
+
+
+@gpu_only
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(5.0, None)], ids=["greedy", "sampled"])
+def test_a_round_is_one_graph_launch_and_no_synchronisation(sampling):
+    torch._dynamo.reset()
+    speculator = speculator_for(random_transformer(WIDE, 0).cuda(), "self", 1, 4, sampling=sampling, compiled=True)
+    speculator.start([[1] * 20], torch.ones(1, dtype=torch.int64, device="cuda"), torch.full((1,), 60, device="cuda"))
+    torch.cuda.synchronize()
+    with torch.profiler.profile() as profiler:
+        for _ in range(10):
+            speculator.round()
+    calls = {event.key: event.count for event in profiler.key_averages()}
+    assert calls["cudaGraphLaunch"] == 10
+    assert calls.get("cudaStreamSynchronize", 0) == 0
+    assert not any("LaunchKernel" in name for name in calls)
+
+
+@gpu_only
+def test_replays_draw_anew():
+    torch._dynamo.reset()
+    model = random_transformer(WIDE, 0).cuda()
+    speculator = speculator_for(model, "self", 1, 3, sampling=Sampling(5.0, None), compiled=True)
+    (tokens,) = run(speculator, [PROMPTS[1]], 60)
+    assert len(set(tokens)) > 20
 
 
 # -------------------------------------------------------------------------------------------------------- command line
