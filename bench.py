@@ -3,6 +3,7 @@
     python bench.py attention --json results/attention_h200.json
     python bench.py decode --model llama-3.1-8b --shapes 1x32768 8x32768 --json results/decode_h200.json
     torchrun --nproc_per_node 2 bench.py decode ...      each rank's share of the model on a GPU of its own (tp.py)
+    python bench.py speculate --model llama-3.1-8b --shapes 1x131072 --k 2 4 8 --json results/speculate_h200.json
     python bench.py plot results/attention_h200.json results/decode_h200.json
 
 Attention times are medians of CUDA-graph replays over as many copies of the cache as it takes to read past the L2 cache, as
@@ -32,6 +33,7 @@ from decode import Decoder, Sampling, prefill
 from generate import bytes_per_step
 from hash_attention import Fingerprint, HashConfig, dense_attention, random_encoders, rope_encode_append, sparse_attention
 from model import SparseSettings, Transformer
+from speculate import Speculator
 
 MODES = {
     "default": HashConfig(),
@@ -264,6 +266,57 @@ def warm_start(options: argparse.Namespace, shape: str, mode: str) -> float:
         return json.loads(path.read_text())["rows"][0]["compile_s"]
 
 
+# ------------------------------------------------------------------------------------------------------------- speculate
+
+@torch.inference_mode()
+def bench_round(model: Transformer, name: str, batch: int, context: int, k: int, sparsity: float, steps: int) -> dict:
+    """One row: the times of a self-speculative round's parts at `context` tokens, and of the dense step it stands in for.
+
+    draft_ms: of one hash step; verify_ms: of the dense pass over k + 1 tokens, logits not included; round_ms: of it all.
+    """
+    budget = max(64 * math.ceil(context / sparsity / 64), SINK + RECENT + 64)
+    settings = SparseSettings(budget, SINK, RECENT)
+    # random drafts are seldom accepted; there is room for all of them
+    model.setup_caches(batch, context + (steps + 8) * (k + 1), random_encoders(HashConfig(), model.fingerprint()), settings)
+    torch._dynamo.reset()
+    decoder = Decoder(model, batch, Sampling(temperature=0), compiled=True)
+    speculator = Speculator(decoder, model, k, settings, compiled=True)
+    speculator.prepare()
+    decoder.prepare()
+    fill_caches(model)
+    first = torch.zeros_like(decoder.token[:, 0])
+    prompts = [[0] * context]
+    speculator.start(prompts, first, first + 2 ** 20)
+    drafted, _ = speculator._draft()
+    row = {"model": name, "batch": batch, "context": context, "sparsity": sparsity, "k": k,
+           "draft_ms": time_graph(lambda i: speculator._draft(), 1) / k / 1000,
+           "verify_ms": time_graph(lambda i: speculator._verify(drafted), 1) / 1000,
+           "round_ms": median_ms(speculator.round, steps)}
+    decoder.start(first, context)
+    row["dense_ms"] = median_ms(decoder.step, steps)
+    model.setup_caches(1, 1)  # give the memory back
+    return row
+
+
+def bench_speculate(options: argparse.Namespace) -> list[dict]:
+    """Rows of bench_round, and the ms per token that follow where each draft is accepted with a given probability."""
+    model = random_model(options.model, "cuda", torch.bfloat16)
+    rows = []
+    for shape in options.shapes:
+        batch, context = map(int, shape.split("x"))
+        for k in options.k:
+            rows.append(bench_round(model, options.model, batch, context, k, options.sparsity, options.steps))
+            torch.cuda.empty_cache()
+            print_table(rows[-1:], header=len(rows) == 1)
+    print("\nms per token if each draft is accepted with probability")
+    for number, row in enumerate(rows):
+        tokens = {p: sum(p ** i for i in range(row["k"] + 1)) for p in (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)}
+        implied = {f"{p:.2f}": row["round_ms"] / n for p, n in tokens.items()}
+        print_table([{name: row[name] for name in ("batch", "context", "k")} | implied | {"dense": row["dense_ms"]}],
+                    header=number == 0)
+    return rows
+
+
 # --------------------------------------------------------------------------------------------------------------- prefill
 
 def bench_prefill(options: argparse.Namespace) -> list[dict]:
@@ -391,6 +444,14 @@ def parse_options() -> argparse.Namespace:
     part.add_argument("--one_shot", action="store_true", help="between ranks: an all-reduce through peer memory, not NCCL")
     part.add_argument("--json", type=Path)
     part.set_defaults(run=decode)
+    part = commands.add_parser("speculate", help="rounds of self-speculative decoding")
+    part.add_argument("--model", default="llama-3.1-8b", choices=PRESETS)
+    part.add_argument("--shapes", nargs="+", default=["1x131072", "4x131072"], help="batch x context")
+    part.add_argument("--k", nargs="+", type=int, default=[2, 4, 6, 8], help="drafted tokens per round")
+    part.add_argument("--sparsity", type=float, default=32)
+    part.add_argument("--steps", type=int, default=20)
+    part.add_argument("--json", type=Path)
+    part.set_defaults(run=bench_speculate)
     part = commands.add_parser("prefill", help="reading a prompt")
     part.add_argument("--model", default="llama-3.1-8b", choices=PRESETS)
     part.add_argument("--context", nargs="+", type=int, default=[8192, 32768])

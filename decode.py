@@ -19,18 +19,52 @@ class Sampling:
     temperature: float = 0.8
     top_k: int | None = 200
 
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-6  # the logits would overflow
+
 
 def sample(logits: Tensor, sampling: Sampling) -> Tensor:
     """logits [B, vocab] -> token ids int64 [B]."""
-    if sampling.temperature < 1e-6:  # the logits would overflow
-        return logits.argmax(dim=-1)
+    return logits.argmax(dim=-1) if sampling.greedy else draw(probabilities(logits, sampling))
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What `sample` draws from where it is not greedy. logits [..., vocab] -> float32 [..., vocab]."""
     logits = logits.float() / sampling.temperature
     if sampling.top_k is not None:
-        kept = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        kept = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kept, float("-inf"))
-    # the Gumbel trick draws from the distribution without the host sync that torch.multinomial needs
-    noise = torch.empty_like(logits).exponential_(1)
-    return tp.from_first((logits.softmax(dim=-1) / noise).argmax(dim=-1))
+    return logits.softmax(dim=-1)
+
+
+def draw(weights: Tensor) -> Tensor:
+    """Token ids int64 [...] with the probabilities weights / weights.sum(), float32 [..., vocab]."""
+    # the Gumbel trick needs no host sync, as torch.multinomial does
+    return tp.from_first((weights / torch.empty_like(weights).exponential_(1)).argmax(dim=-1))
+
+
+def compile_parts(device: torch.device, *parts: Callable) -> list[Callable]:
+    """Each of the functions that make up a decode step, compiled once for every shape it is called with."""
+    # on a GPU the tuning also turns products of one row into Triton kernels, which take in the norms around them
+    tuning = {"coordinate_descent_tuning": True} if device.type == "cuda" else None
+    return [torch.compile(part, fullgraph=True, dynamic=False, options=tuning) for part in parts]
+
+
+def capture(step: Callable[[], None], reset: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """One step as a CUDA graph, after one that compiles. reset() is called before each, outside the graph."""
+    side = torch.cuda.Stream()  # capture needs a warm-up away from the default stream
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        reset()
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    reset()
+    with torch.cuda.graph(graph):
+        step()
+    torch.cuda.synchronize()
+    return graph
 
 
 class Decoder:
@@ -52,17 +86,10 @@ class Decoder:
         self.active = torch.ones_like(self.seq_lens)
         self.stop_ids = torch.tensor(sorted(stop_ids) or [-1], device=device)  # -1 is no token
         self.block: Callable = TransformerBlock.forward
-        self.stem, self.head = self._stem, self._head
-        if compiled:
-            # one block is compiled and serves all layers; the stem and the head are small. On a GPU the tuning also turns
-            # products of one row into Triton kernels, which take in the norms around them.
-            tuning = {"coordinate_descent_tuning": True} if device.type == "cuda" else None
-            self.block, self.stem, self.head = (torch.compile(part, fullgraph=True, dynamic=False, options=tuning)
-                                                for part in (self.block, self.stem, self.head))
+        self.stem, self.head = model.stem, self._head
+        if compiled:  # one block is compiled and serves all layers; the stem and the head are small
+            self.block, self.stem, self.head = compile_parts(device, self.block, self.stem, self.head)
         self.graph: torch.cuda.CUDAGraph | None = None
-
-    def _stem(self, token: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.model.embed(token, (seq_lens - 1)[:, None])
 
     def _head(self, x: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.model.logits(x)[:, -1]
@@ -83,17 +110,7 @@ class Decoder:
         """Compile, and capture the graph on a GPU. Writes cache row 0, so call it before the prefill. -> seconds."""
         started = time.perf_counter()
         if self.token.is_cuda:
-            side = torch.cuda.Stream()  # capture needs a warm-up away from the default stream
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self.seq_lens.zero_()
-                self._step()
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            self.seq_lens.zero_()
-            with torch.cuda.graph(self.graph):
-                self._step()
-            torch.cuda.synchronize()
+            self.graph = capture(self._step, self.seq_lens.zero_)
         else:
             self.seq_lens.zero_()
             self._step()

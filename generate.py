@@ -3,6 +3,7 @@
     python generate.py --checkpoint_path checkpoints/smollm2-135m-instruct --prompt "Once upon a time" --compile
     python generate.py --checkpoint_path ... --prompt_file book.txt --chat --attention hash --sparsity 16 --signatures FILE
     python generate.py --checkpoint_path ... --prompts questions.jsonl --max_seq_length auto --json
+    python generate.py --checkpoint_path ... --prompt_file book.txt --speculate self --sparsity 32 --signatures FILE --compile
 """
 import argparse
 import contextlib
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import speculate
 import tp
 from budgets import calibrated
 from checkpoint import PRESETS, load_model, random_model
@@ -35,6 +37,7 @@ from common import (
 from decode import PREFILL_CHUNK, Decoder, Sampling, bytes_per_step, decode_all, prefill, sample, synchronize, tokens_read
 from hash_attention import HashConfig, load_signatures, random_encoders
 from model import SparseSettings, Transformer, TransformerBlock
+from speculate import Speculator
 from tokenizer import TextStream, Tokenizer
 
 LARGEST = 2 ** 24  # of counts on the command line: beyond any model's context, and safe in int32
@@ -52,16 +55,28 @@ class Sample:
 
 
 class Session:
-    """A loaded model with caches and a decode step; runs prompts through it."""
+    """A loaded model with caches and a decode step; runs prompts through it.
+
+    draft: a smaller model that speculates; settings and encoders are its own then.
+    """
 
     def __init__(self, options: argparse.Namespace, model: Transformer, tokenizer: Tokenizer | None, length: int,
-                 settings: SparseSettings | None, encoders: list | None) -> None:
+                 settings: SparseSettings | None, encoders: list | None, draft: Transformer | None = None) -> None:
         self.options, self.model, self.tokenizer, self.length, self.settings = options, model, tokenizer, length, settings
-        model.setup_caches(options.batch_size, length, encoders, settings)
+        drafter, rows = draft or model, length + (options.speculate_k or 0)
+        if draft is not None:
+            model.setup_caches(options.batch_size, rows)
+        drafter.setup_caches(options.batch_size, rows, encoders, settings)
         self.sampling = Sampling(options.temperature, options.top_k)
         self.stop_ids = frozenset() if options.ignore_eos or tokenizer is None else tokenizer.stop_ids
         self.decoder = Decoder(model, options.batch_size, self.sampling, options.compile, self.stop_ids)
-        self.compile_s = self.decoder.prepare()
+        self.speculator: Speculator | None = None
+        self.compile_s = 0.0
+        if options.speculate is not None:
+            self.speculator = Speculator(self.decoder, drafter, options.speculate_k, settings, options.compile)
+            self.compile_s += self.speculator.prepare()
+        if self.speculator is None or options.save or options.compare:  # teacher forcing goes step by step
+            self.compile_s += self.decoder.prepare()
         if options.compile_prefill:
             self.compile_s += self.prepare_prefill()
         self.cached: list[int] = []  # tokens in the cache, for prompts that go on from it
@@ -90,6 +105,8 @@ class Session:
             prefill(self.model, torch.tensor(ids[kept:len(ids) - tail], device=device), options.batch_size // len(prompts),
                     kept, chunk=options.prefill_chunk, row=row)
             for row, (ids, tail) in enumerate(zip(prompts, tails, strict=True))])
+        if self.speculator is not None:
+            self.speculator.read_prompts(prompts, kept, options.prefill_chunk)
         self.cached = list(prompts[0]) if len(prompts) == 1 else []
         for back in range(max(tails), 0, -1):
             # a shorter tail waits at its first token, which is written again to the same place
@@ -113,7 +130,10 @@ class Session:
         prefilled = time.perf_counter()
         lengths = torch.tensor([len(ids) for ids in prompts], device=first.device)
         count = min(self.options.max_new_tokens, self.length - max(map(len, prompts)))
-        tokens, steps = decode_all(self.decoder, first, lengths, count, self.stop_ids, emit)
+        if self.speculator is not None:
+            tokens, steps = self.speculator.decode_all(prompts, first, count, emit)
+        else:
+            tokens, steps = decode_all(self.decoder, first, lengths, count, self.stop_ids, emit)
         if len(prompts) == 1:
             self.cached = prompts[0] + tokens[0][:-1]  # the newest token has no K and V yet
         return Sample(tokens, prefilled - started, time.perf_counter() - prefilled, steps)
@@ -155,6 +175,9 @@ def report(session: Session, prompts: list[list[int]], samples: list[Sample], te
     ms = 1000 * decode_s / steps if steps else None
     lengths, hashes = [len(ids) for ids in prompts], [prompt_hash(ids) for ids in prompts]
     length = sum(lengths) / len(prompts) + last.steps // 2
+    speculator, settings = session.speculator, session.settings
+    read = settings if speculator is None else None  # drafts are verified by dense attention
+    moved = bytes_per_step(model, settings, length, options.batch_size) if ms and speculator is None else None
     return {
         "prompt_tokens": lengths if len(prompts) > 1 else lengths[0],
         "prompt_sha256": hashes if len(prompts) > 1 else hashes[0],
@@ -164,21 +187,21 @@ def report(session: Session, prompts: list[list[int]], samples: list[Sample], te
         "prefill_tok_s": sum(lengths) / last.prefill_s,
         "decode_tok_s": sum(len(tokens) - 1 for s in samples for tokens in s.tokens) / decode_s if ms else None,
         "ms_per_token": ms,
-        "bandwidth_gb_s": bytes_per_step(model, session.settings, length, options.batch_size) / ms / 1e6 if ms else None,
+        "bandwidth_gb_s": moved / ms / 1e6 if moved else None,
         "compile_s": session.compile_s,
         "peak_memory_gib": peak_memory_gib(options.device),
         "kv_bytes": kv_bytes,
         "signature_bytes": sum(c.signatures.nbytes for c in caches if c.signatures is not None),
         "attention": options.attention,
         "temperature": options.temperature,
-        "budget": session.settings.budget if session.settings else None,
-        "budgets": session.settings.budgets if session.settings else None,
-        "tokens_read": tokens_read(session.settings, model, length),
+        "budget": settings.budget if settings else None,
+        "budgets": settings.budgets if settings else None,
+        "tokens_read": tokens_read(read, model, length),
         "ranks": model.args.ranks,
         "device": options.device,
         "dtype": options.precision,
         "versions": environment(),
-    }
+    } | (speculator.report() if speculator is not None else {})
 
 
 def prompt_hash(ids: list[int]) -> str:
@@ -194,12 +217,15 @@ def print_summary(result: dict) -> None:
           f", {result['attention']}, {result['tokens_read']:.0f} tokens read per step\n"
           f"memory:  {result['peak_memory_gib']:.2f} GiB at most; K and V {result['kv_bytes'] / 2 ** 20:.1f} MiB, "
           f"signatures {result['signature_bytes'] / 2 ** 20:.1f} MiB; compiled in {result['compile_s']:.1f} s", file=sys.stderr)
+    if "speculate" in result:
+        speculate.print_report(result)
 
 
 def comparison_column(result: dict) -> list[str]:
     """One run in the table of --compare. Only the later one has been measured against the other."""
     rate = f"{result['decode_tok_s']:.1f}" if result["decode_tok_s"] else "-"
-    return [f"{result['attention']:s}", f"{result['prefill_tok_s']:.0f}", rate, f"{result['tokens_read']:.0f}",
+    name = result.get("speculate", result["attention"])
+    return [f"{name:s}", f"{result['prefill_tok_s']:.0f}", rate, f"{result['tokens_read']:.0f}",
             f"{result['peak_memory_gib']:.2f}", f"{result.get('agreement', 1):.3f}", f"{result.get('perplexity_ratio', 1):.3f}"]
 
 
@@ -253,6 +279,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--recent", type=int, default=128, help="last tokens, always attended")
     add("--dense_layers", type=int, default=0, help="first layers that stay dense")
     add("--sparse_tail", type=int, default=0, help="last prompt tokens that are decoded sparsely too")
+    speculate.add_options(add)
     add("--compile", action="store_true")
     add("--compile_prefill", action="store_true")
     add("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
@@ -270,6 +297,7 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
     ranges = {"seed": (0, 2 ** 63 - 1), "temperature": (0, 1e3), "sparsity": (1, 1e9), "prompt": (1, LARGEST)}
     counts = ("num_samples", "max_new_tokens", "batch_size", "top_k", "max_seq_length", "prefill_chunk", "budget")
     ranges |= dict.fromkeys(counts, (1, LARGEST))
+    ranges["speculate_k"] = (1, speculate.LARGEST_K)
     ranges |= dict.fromkeys(("sink", "recent", "dense_layers", "sparse_tail"), (0, LARGEST))
     for flag, (low, high) in ranges.items():
         value = getattr(options, flag)
@@ -286,11 +314,13 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
         options.has_text = not all(isinstance(line[0], int) for line in options.lines)
     if options.random_weights is not None and options.has_text:
         raise UserError("random weights have no tokenizer; give --prompt NUMBER or --prompt_ids 1,2,3")
+    speculate.check_options(options)
+    is_hash = "hash" in (options.attention, options.draft_attention) or options.speculate == "self"
     clashes = [
         (not options.has_text, "a prompt of token ids is no chat", ("chat", "interactive")),
         (options.interactive, "--interactive shows a chat alone", ("prompt_file", "prompts", "profile", "json", "save")),
         (options.interactive or options.lines, "--compare repeats a single prompt", ("compare",)),
-        (options.attention == "dense", "--attention is dense, which reads all tokens", ("signatures", "budget", "sparsity")),
+        (not is_hash, "--attention is dense, which reads all tokens", ("signatures", "budget", "sparsity")),
     ]
     for clash, reason, flags in clashes:
         for flag in flags:
@@ -304,9 +334,10 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
     if options.budgets == "calibrated" and options.signatures is None:
         raise UserError("--budgets calibrated needs --attention hash and --signatures FILE, which holds the calibration")
     least, budget = options.sink + options.recent, options.budget or 2048
-    if options.attention == "hash" and options.sparsity is None and budget < least:
+    if is_hash and options.sparsity is None and budget < least:
         raise UserError(f"--budget {budget} is less than --sink {options.sink} plus --recent {options.recent}; "
                         f"give at least {least}")
+    options.is_hash = is_hash
     check_device(options.device)
     tp.check_device(options.device)
     if options.precision is None:
@@ -431,13 +462,15 @@ def load_encoders(options: argparse.Namespace, model: Transformer) -> tuple[list
     return tp.shard_encoders(random_encoders(HashConfig(), model.fingerprint(), options.seed)), {}
 
 
-def plan_memory(options: argparse.Namespace, model: Transformer, length: int, needed: int, encoders: list | None) -> int:
-    """Print what weights and caches of `length` tokens take, or refuse, before they are allocated -> the cache's length.
+def plan_memory(options: argparse.Namespace, models: list[Transformer], length: int, needed: int,
+                encoders: list | None) -> int:
+    """Print what weights and caches of `length` tokens take, or refuse, before they are allocated -> the caches' length.
 
     With --max_seq_length auto that is as much of `length` as fits, `needed` at least.
     """
-    args, weight, batch = model.args, model.tok_embeddings.weight, options.batch_size
-    row = batch * 2 * args.n_kv_head * args.head_dim * weight.element_size() * args.n_layer
+    batch = options.batch_size
+    row = sum(batch * 2 * model.args.n_kv_head * model.args.head_dim * model.tok_embeddings.weight.element_size()
+              * model.args.n_layer for model in models)
     signature_row = batch * sum(e.n_signature_head * e.config.words * 4 for e in (encoders or [])[options.dense_layers:])
     free = tp.least(free_memory(options.device))
     fits = free // (row + signature_row)
@@ -447,8 +480,8 @@ def plan_memory(options: argparse.Namespace, model: Transformer, length: int, ne
         raise UserError(f"the caches for {batch} x {length} tokens take {(row + signature_row) * length / 2 ** 30:.1f} GiB, "
                         f"{free / 2 ** 30:.1f} GiB are free for them, and at most {fits} tokens fit; "
                         "shorten the prompt, --max_new_tokens or --max_seq_length, or use a smaller --batch_size")
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    each = f" of each of {args.ranks} ranks" if args.ranks > 1 else ""
+    weights = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+    each = f" of each of {tp.size()} ranks" if tp.size() > 1 else ""
     print(f"memory plan{each}: weights {weights / 2 ** 30:.2f} GiB, K and V {row * length / 2 ** 30:.2f} GiB, signatures "
           f"{signature_row * length / 2 ** 20:.1f} MiB for {f'{batch} x ' if batch > 1 else ''}{length} tokens; "
           f"up to {fits} tokens fit", file=sys.stderr)
@@ -573,13 +606,15 @@ def main() -> None:
     longest = max(map(len, prompts), default=0)
     length = cache_length(options, model, longest)
     before = read_comparison(options, prompts[0], model.args.vocab_size) if options.compare else None
-    encoders, about = load_encoders(options, model) if options.attention == "hash" else (None, {})
-    length = plan_memory(options, model, length, longest + options.max_new_tokens, encoders)
+    draft = speculate.load_draft(options, model, tokenizer, length) if options.speculate == "draft" else None
+    encoders, about = load_encoders(options, draft or model) if options.is_hash else (None, {})
+    models = [model, draft] if draft is not None else [model]
+    length = plan_memory(options, models, length, longest + options.max_new_tokens, encoders)
     tokens = length if options.interactive else longest + options.max_new_tokens
     settings = sparse_settings(options, length, tokens) if encoders is not None else None
     if options.budgets == "calibrated":
         settings = tp.shard_settings(calibrated(settings, about, tokens, length))
-    session = Session(options, model, tokenizer, length, settings, encoders)
+    session = Session(options, model, tokenizer, length, settings, encoders, draft)
     if options.interactive:
         chat(session)
         return

@@ -324,7 +324,8 @@ def rope_encode_append_reference(qkv: Tensor, cos: Tensor, sin: Tensor, encoder:
     qkv [B, T, (Hq + 2 Hkv) D] (all query heads, then keys, then values), cos and sin float32 [B, T, D / 2], k_cache and
     v_cache [B, Hkv, S, D], signatures int32 [B, Hs, S, W] (None without an encoder), seq_lens int32 [B], the T tokens
     included. Rows seq_lens - T .. seq_lens are written in place.
-    -> q after RoPE [B, T, Hq, D], planes int32 [B, Hs, 1 + P, W] of the query (None without an encoder; T must be 1 with one).
+    -> q after RoPE [B, T, Hq, D], planes int32 [B, Hs, 1 + P, W] of the query; None without an encoder or where T > 1, as
+    only a single query selects.
     """
     B, T, _ = qkv.shape
     Hkv, D = k_cache.shape[1], k_cache.shape[3]
@@ -338,7 +339,7 @@ def rope_encode_append_reference(qkv: Tensor, cos: Tensor, sin: Tensor, encoder:
     if encoder is None:
         return q, None
     signatures[batch, :, row] = encoder.encode_keys(k.transpose(1, 2)).transpose(1, 2)
-    return q, encoder.encode_queries(q[:, 0])
+    return q, encoder.encode_queries(q[:, 0]) if T == 1 else None
 
 
 # -------------------------------------------------------------------------------------------------------------- dispatch

@@ -116,10 +116,11 @@ def _pack(bits, WORDS: tl.constexpr):
 def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight, query_bias, seq_lens, q_out, planes,
                                k_cache, v_cache, signatures, T, k_b, k_h, k_s, v_b, v_h, v_s, x_b, x_h, x_s,
                                HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-                               WORDS: tl.constexpr, P: tl.constexpr, SIGNS: tl.constexpr, ENCODE: tl.constexpr):
+                               WORDS: tl.constexpr, P: tl.constexpr, SIGNS: tl.constexpr, KEYS: tl.constexpr,
+                               QUERIES: tl.constexpr):
     """One signature head (or KV head without signatures) of one new token: its G queries, and its key and value.
 
-    qkv [B, T, Hq + 2 Hkv, D], cos and sin [B, T, D / 2]. SIGNS: query_bits is 1.
+    qkv [B, T, Hq + 2 Hkv, D], cos and sin [B, T, D / 2]. SIGNS: query_bits is 1. KEYS, QUERIES: which of them to encode.
     """
     head = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
@@ -142,8 +143,8 @@ def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight
         value = tl.arange(0, 2 * BLOCK)
         v = tl.load(qkv + (HQ + HKV + kv_head) * D + value, mask=value < D)
         tl.store(v_cache + batch * v_b + kv_head * v_h + position * v_s + value, v, mask=value < D)
-    if ENCODE:
-        word = tl.arange(0, WORDS)
+    word = tl.arange(0, WORDS)
+    if KEYS:
         code = _code(first, second, key_weight + head * (D * BITS), key_bias + head * BITS, HALF, BLOCK, BITS)
         tl.store(signatures + batch * x_b + head * x_h + position * x_s + word, _pack(code > 0, WORDS))
     codes = tl.zeros([BITS], tl.float32)
@@ -151,10 +152,10 @@ def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight
         query = head * G + g
         first, second = _rotated(qkv + query * D, angle_cos, angle_sin, HALF, BLOCK)
         _store_halves(q_out + (token * HQ + query) * D, first, second, HALF, BLOCK)
-        if ENCODE:
+        if QUERIES:
             code = _code(first, second, query_weight + query * (D * BITS), query_bias + query * BITS, HALF, BLOCK, BITS)
             codes += tl.where(code > 0, 1.0, -1.0) if SIGNS else code
-    if ENCODE:
+    if QUERIES:
         if not SIGNS:
             largest = tl.max(tl.abs(codes), axis=0)
             limit = (1 << P) - 1
@@ -172,13 +173,14 @@ def rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, encoder: HashEncod
                        signatures: Tensor | None, seq_lens: Tensor) -> tuple[Tensor, Tensor | None]:
     """`hash_attention.rope_encode_append_reference`, for linear encoders.
 
-    qkv [B, T, (Hq + 2 Hkv) D] -> q [B, T, Hq, D] and, with an encoder, planes int32 [B, Hs, 1 + P, W] (T = 1 then).
+    qkv [B, T, (Hq + 2 Hkv) D] -> q [B, T, Hq, D] and, with an encoder and T = 1, planes int32 [B, Hs, 1 + P, W].
     """
     if encoder is None:
         return _rope_encode_append(qkv, cos, sin, None, None, None, None, k_cache, v_cache, None, seq_lens, 0, 0)[0], None
     (key,), (query,) = encoder.key, encoder.query
-    return _rope_encode_append(qkv, cos, sin, key.weight, key.bias, query.weight, query.bias, k_cache, v_cache, signatures,
-                               seq_lens, encoder.config.query_bits, encoder.config.planes(encoder.group))
+    q, planes = _rope_encode_append(qkv, cos, sin, key.weight, key.bias, query.weight, query.bias, k_cache, v_cache, signatures,
+                                    seq_lens, encoder.config.query_bits, encoder.config.planes(encoder.group))
+    return q, planes if qkv.shape[1] == 1 else None
 
 
 @torch.library.custom_op("hashfast::rope_encode_append", mutates_args=("k_cache", "v_cache", "signatures"))
@@ -198,7 +200,7 @@ def _rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, key_weight: Tenso
         checked_rows(k_cache), checked_rows(v_cache), signatures, T, *k_cache.stride()[:3], *v_cache.stride()[:3],
         *(signatures.stride()[:3] if encode else (0, 0, 0)),
         HQ=HQ, HKV=HKV, HEADS=HEADS, D=D, BLOCK=triton.next_power_of_2(D // 2), WORDS=WORDS, P=P, SIGNS=query_bits == 1,
-        ENCODE=encode, num_warps=4, launch_pdl=DEPENDENT_LAUNCH)
+        KEYS=encode, QUERIES=encode and T == 1, num_warps=4, launch_pdl=DEPENDENT_LAUNCH)
     return q, planes
 
 

@@ -147,14 +147,12 @@ class Attention(nn.Module):
     def decode(self, x: Tensor, cos: Tensor, sin: Tensor, seq_lens: Tensor) -> Tensor:
         """Append and attend at device-known lengths. x [B, T, d], cos and sin [B, T, D / 2] -> [B, T, Hq, D]."""
         cache = self.cache
-        # a step of several tokens (T > 1) is dense, and what it appends gets no signatures
-        encoder, signatures = (self.encoder, cache.signatures) if x.shape[1] == 1 else (None, None)
-        q, planes = rope_encode_append(self.wqkv(x), cos, sin, encoder, cache.k, cache.v, signatures, seq_lens)
-        if self.sparse is None:
+        q, planes = rope_encode_append(self.wqkv(x), cos, sin, self.encoder, cache.k, cache.v, cache.signatures, seq_lens)
+        if x.shape[1] > 1 or self.sparse is None:  # several tokens, drafted ones to verify, attend to everything
             return dense_attention(q, cache.k, cache.v, seq_lens)[0]
         budget = self.sparse.budget if self.budgets is None else self.budgets
         indices = select_tokens(planes, cache.signatures, seq_lens, budget, self.sparse.sink, self.sparse.recent,
-                                K=self.sparse.budget, shift=encoder.shift)
+                                K=self.sparse.budget, shift=self.encoder.shift)
         return sparse_attention(q[:, 0], cache.k, cache.v, indices)[0][:, None]
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, row: int, start: int) -> Tensor:
@@ -201,6 +199,7 @@ class Transformer(nn.Module):
         self.output = nn.Linear(args.dim, args.vocab_rows, bias=False)
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
+        self.sparse: SparseSettings | None = None  # the last that were set
         with torch.device("cpu"):  # also where the parameters are made on the meta device
             self.inv_freq, self.rope_gain = rope_frequencies(args)
 
@@ -225,19 +224,22 @@ class Transformer(nn.Module):
 
     def set_sparse(self, sparse: SparseSettings | None) -> None:
         """Choose what decode steps read from now on: `sparse`, or everything (None). The caches stay as they are."""
+        for layer in self.layers:
+            layer.attention.sparse = sparse if layer.attention.encoder is not None else None
+        if sparse is None or sparse is self.sparse:  # a captured step may switch, and cannot copy from the host
+            return
+        self.sparse = sparse
         device = self.tok_embeddings.weight.device
         for i, layer in enumerate(self.layers):
-            layer.attention.sparse = sparse if layer.attention.encoder is not None else None
-            uneven = sparse is not None and sparse.budgets is not None
-            layer.attention.budgets = torch.tensor(sparse.budgets[i], dtype=torch.int32, device=device) if uneven else None
+            budgets = None if sparse.budgets is None else torch.tensor(sparse.budgets[i], dtype=torch.int32, device=device)
+            layer.attention.budgets = budgets
 
     def forward(self, tokens: Tensor, seq_lens: Tensor) -> Tensor:
         """One decode step. tokens int64 [B, T], seq_lens int32 [B] with these tokens counted -> logits [B, T, vocab].
 
-        T > 1 (verifying drafted tokens) needs dense attention.
+        Several tokens (T > 1) attend to everything, whatever `set_sparse` chose.
         """
-        positions = seq_lens[:, None] - tokens.shape[1] + torch.arange(tokens.shape[1], device=tokens.device)
-        x, cos, sin = self.embed(tokens, positions)
+        x, cos, sin = self.stem(tokens, seq_lens)
         for layer in self.layers:
             x = layer(x, cos, sin, seq_lens)
         return self.logits(x)
@@ -248,6 +250,10 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x = layer.prefill(x, cos, sin, row, start)
         return self.logits(x[:, -1:])[0, 0]
+
+    def stem(self, tokens: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `embed` gives for the newest tokens. tokens [B, T], seq_lens int32 [B] with these tokens counted."""
+        return self.embed(tokens, seq_lens[:, None] - tokens.shape[1] + torch.arange(tokens.shape[1], device=tokens.device))
 
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """tokens, positions [B, T] -> x [B, T, d], cos and sin [B, T, D / 2]."""

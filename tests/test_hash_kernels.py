@@ -92,11 +92,11 @@ ENCODERS = [None, HashConfig(), HashConfig(bits=128, query_bits=1), HashConfig(b
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D", [64, 96, 128])
+@pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize("config", ENCODERS, ids=str)
-def test_rope_encode_append(config, D, dtype):
+def test_rope_encode_append(config, T, D, dtype):
     B, Hq, Hkv, S = 3, 6, 2, 40
     encoder = encoder_for(config, Hq, Hkv, D) if config else None
-    T = 1 if config else 3
     caches = [strided_cache(B, Hkv, S, D, dtype), strided_cache(B, Hkv, S, D, dtype),
               random_signatures(B, encoder.n_signature_head, S, config.words) if config else None]
     expected_caches = [None if cache is None else cache.clone() for cache in caches]
@@ -111,6 +111,8 @@ def test_rope_encode_append(config, D, dtype):
     assert torch.equal(caches[1], expected_caches[1])
     if config:
         assert torch.equal(caches[2], expected_caches[2])
+    assert (planes is None) == (expected_planes is None) == (config is None or T > 1)
+    if planes is not None:
         assert torch.equal(planes[:, :, 0], expected_planes[:, :, 0]) or config.share == "kv"
         # a weight next to a half may round either way
         changed = weights_of(planes) - weights_of(expected_planes)
