@@ -117,7 +117,10 @@ class FeedForward(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections, cache and attention of one layer. `sparse` and `encoder` are None where the layer is dense."""
+    """Projections, cache and attention of one layer. `sparse` and `encoder` are None where the layer is dense.
+
+    selector: what chooses a decode step's tokens instead of signatures (token_selectors.py); None outside of measurements.
+    """
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -127,6 +130,7 @@ class Attention(nn.Module):
         self.encoder: HashEncoder | None = None
         self.cache: KVCache | None = None
         self.sparse: SparseSettings | None = None
+        self.selector: nn.Module | None = None
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, d] -> q [B, T, Hq, D], k and v [B, Hkv, T, D]; q and k after RoPE."""
@@ -140,6 +144,8 @@ class Attention(nn.Module):
         # a step of several tokens (T > 1) is dense, and what it appends gets no signatures
         encoder, signatures = (self.encoder, cache.signatures) if x.shape[1] == 1 else (None, None)
         q, planes = rope_encode_append(self.wqkv(x), cos, sin, encoder, cache.k, cache.v, signatures, seq_lens)
+        if self.selector is not None:
+            return sparse_attention(q[:, 0], cache.k, cache.v, self.selector(q[:, 0], cache.k, seq_lens))[0][:, None]
         if self.sparse is None:
             return dense_attention(q, cache.k, cache.v, seq_lens)[0]
         indices = select_tokens(planes, cache.signatures, seq_lens, self.sparse.budget, self.sparse.sink, self.sparse.recent,
