@@ -121,6 +121,35 @@ def test_a_step_leaves_the_device_at_no_point(name: str) -> None:
     assert devices.seen == {"meta"} and indices.shape[-1] == BUDGET
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_captured_step_chooses_what_the_cpu_does(name: str, tensors: tuple) -> None:
+    """In bfloat16, in sequences of different lengths; at another length the graph chooses anew."""
+    q, k, lengths = tensors[0].bfloat16(), tensors[1].bfloat16(), torch.tensor([157, 104], dtype=torch.int32)
+    found = {}
+    for device in ("cpu", "cuda"):
+        selector = make(name, k).to(device)
+        if name.startswith("hash"):
+            selector.encoder.to(device)
+        selector.budget = BUDGET
+        queries, keys, seq_lens = q.to(device), k.to(device), lengths.to(device)
+        for row in range(B):
+            selector.build(keys, row, 90)
+        for _ in range(2):  # on a GPU compiles what there is to compile
+            found[device] = selector(queries, keys, seq_lens)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = selector(queries, keys, seq_lens)
+    seq_lens -= 3
+    graph.replay()
+    shorter = captured.clone()
+    seq_lens += 3
+    graph.replay()
+    assert torch.equal(captured.cpu().sort().values, found["cpu"].sort().values)
+    assert not torch.equal(shorter.sort().values, captured.sort().values)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_building_at_the_end_is_stepping_there(name: str, tensors: tuple) -> None:
     q, k, lengths = tensors
