@@ -126,7 +126,10 @@ class FeedForward(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections, cache and attention of one layer. `sparse` and `encoder` are None where the layer is dense."""
+    """Projections, cache and attention of one layer. `sparse` and `encoder` are None where the layer is dense.
+
+    selector: what chooses a decode step's tokens instead of signatures (token_selectors.py); None outside of measurements.
+    """
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -137,6 +140,7 @@ class Attention(nn.Module):
         self.cache: KVCache | None = None
         self.sparse: SparseSettings | None = None
         self.register_buffer("budgets", None, persistent=False)  # int32 [Hs], where the heads' budgets differ
+        self.selector: nn.Module | None = None
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, d] -> q [B, T, Hq, D], k and v [B, Hkv, T, D]; q and k after RoPE."""
@@ -148,11 +152,14 @@ class Attention(nn.Module):
         """Append and attend at device-known lengths. x [B, T, d], cos and sin [B, T, D / 2] -> [B, T, Hq, D]."""
         cache = self.cache
         q, planes = rope_encode_append(self.wqkv(x), cos, sin, self.encoder, cache.k, cache.v, cache.signatures, seq_lens)
-        if x.shape[1] > 1 or self.sparse is None:  # several tokens, drafted ones to verify, attend to everything
+        if x.shape[1] > 1 or self.sparse is None and self.selector is None:  # drafted tokens to verify attend to everything
             return dense_attention(q, cache.k, cache.v, seq_lens)[0]
-        budget = self.sparse.budget if self.budgets is None else self.budgets
-        indices = select_tokens(planes, cache.signatures, seq_lens, budget, self.sparse.sink, self.sparse.recent,
-                                K=self.sparse.budget, shift=self.encoder.shift)
+        if self.selector is not None:
+            indices = self.selector(q[:, 0], cache.k, seq_lens)
+        else:
+            budget = self.sparse.budget if self.budgets is None else self.budgets
+            indices = select_tokens(planes, cache.signatures, seq_lens, budget, self.sparse.sink, self.sparse.recent,
+                                    K=self.sparse.budget, shift=self.encoder.shift)
         return sparse_attention(q[:, 0], cache.k, cache.v, indices)[0][:, None]
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, row: int, start: int) -> Tensor:

@@ -42,17 +42,20 @@ class Needle:
 
 
 def make_needle(task: str, target_length: int, filler: str, seed: int, split: str = "eval",
-                length: Callable[[str], int] = len) -> Needle:
+                length: Callable[[str], int] = len, depth: float | None = None) -> Needle:
     """A document whose whole text is at most `target_length` long as `length` counts, and nearly that.
 
     length: characters by default; give `lambda text: len(tokenizer.encode(text))` for tokens.
     filler: prose to hide facts in, read from a random sentence on and around its end if need be. The tasks whose every line
     is a fact (every_line_key, uuids, common_words) do not use it.
+    depth: where the fact of "single" lies, 0 (first) to 1 (last); all else is that of the seed. None: anywhere.
     """
     if task not in TASKS:
         raise UserError(f"no retrieval task {task!r}; choose from {', '.join(TASKS)}")
     if split not in ("train", "eval"):
         raise ValueError(f"split is 'train' or 'eval', not {split!r}")
+    if depth is not None and task != "single":
+        raise ValueError(f"depth is for the task 'single', not {task!r}")
     rng = random.Random(f"{split} {task} {seed}")
     lines = {"every_line_key": _every_line_key, "uuids": _uuids, "common_words": _common_words}
     if task in lines:
@@ -60,7 +63,7 @@ def make_needle(task: str, target_length: int, filler: str, seed: int, split: st
     hidden = {"single": _single, "multi_key": _multi_key, "multi_value": _multi_value, "variable_tracking": _variables}
     facts, question, answers = hidden[task](rng)
     sentences = _sentences(filler, rng)
-    depths = sorted(rng.random() for _ in facts)  # where the facts lie, as shares of the filler
+    depths = sorted(rng.random() for _ in facts) if depth is None else [depth]  # where facts lie, as shares of the filler
 
     def hide(n: int) -> Needle:
         places = [int(depth * (n + 1)) for depth in depths]

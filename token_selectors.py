@@ -4,7 +4,8 @@ Every selector keeps the first `sink` and the last `recent` tokens inside the sa
 that a paper leaves dense are not here). What a selector reads to choose is its `bytes_per_token`: bytes per token of the cache,
 layer and KV head, beside 4 D bytes of bfloat16 keys and values.
 
-Plain PyTorch of static shape, without host syncs, so that a decode step with any of them is one CUDA graph.
+Plain PyTorch of static shape, without host syncs, so that a decode step with any of them is one CUDA graph. Each sequence of a
+batch is chosen for as if it were alone.
 
 Symbols: B batch, S cache length, Hq query heads, Hkv key/value heads, G = Hq / Hkv, D head_dim, Hs heads that select (Hkv, or
 Hq with share "query"), K tokens attended.
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from common import UserError
 from hash_attention import HashConfig, HashEncoder, load_signatures, random_encoders, select_tokens
-from model import Transformer
+from model import Attention, Transformer
 
 SELECTORS = ("dense", "hash", "oracle", "oracle_group", "streaming", "quest", "double_sparsity", "lsh", "random")
 PAGE = 16  # tokens per page of Quest
@@ -30,15 +31,18 @@ def top_tokens(scores: Tensor, seq_lens: Tensor, budget: int, sink: int, recent:
     """
     position = torch.arange(scores.shape[-1], device=scores.device)
     length = seq_lens[:, None, None]
-    always = (position < sink) | (position >= length - recent)
-    scores = scores.masked_fill(always, float("inf")).masked_fill(position >= length, float("-inf"))
-    best = scores.topk(min(budget, scores.shape[-1]), dim=-1)
+    middle = (position >= sink) & (position < length - recent)  # [B, 1, S]
+    edge = torch.full(middle.shape, float("-inf"), device=scores.device).masked_fill(position < length, float("inf"))
+    best = torch.where(middle, scores, edge).topk(min(budget, scores.shape[-1]), dim=-1, sorted=False)
     return best.indices.to(torch.int32).masked_fill(best.values.isneginf(), -1)
 
 
 def dot_products(q: Tensor, k: Tensor) -> Tensor:
-    """q [B, Hq, D], k [B, Hkv, S, D] -> float32 [B, Hkv, G, S]."""
-    return q.float().unflatten(1, (k.shape[1], -1)) @ k.float().transpose(-1, -2)
+    """q [B, Hq, D], k [B, Hkv, S, D] -> float32 [B, Hkv, G, S], summed in float32."""
+    q = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, G, D]
+    if k.is_cuda and k.dtype != torch.float32:  # no float32 copy of all keys
+        return torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out_dtype=torch.float32).unflatten(0, q.shape[:2])
+    return q.float() @ k.float().mT
 
 
 class Selector(nn.Module):
@@ -50,8 +54,8 @@ class Selector(nn.Module):
         super().__init__()
         self.budget, self.sink, self.recent = 0, sink, recent
 
-    def build(self, k: Tensor, length: int, query_size: Tensor) -> None:
-        """Summarise a prompt. k [B, Hkv, S, D], its first `length` rows filled; query_size [Hq, D]: mean |q| of the prompt.
+    def build(self, k: Tensor, row: int, length: int) -> None:
+        """Summarise the prompt of sequence `row`, the first `length` > 0 of its keys. k [B, Hkv, S, D].
 
         A prompt may be continued from again and again without another call: what a step adds, the next one overwrites.
         """
@@ -75,11 +79,11 @@ class Hash(Selector):
         shape = (k.shape[0], encoder.n_signature_head, k.shape[2], encoder.config.words)
         self.register_buffer("signatures", torch.zeros(shape, dtype=torch.int32, device=k.device), persistent=False)
 
-    def build(self, k: Tensor, length: int, query_size: Tensor) -> None:
-        self.signatures[:, :, :length] = self.encoder.encode_keys(k[:, :, :length])
+    def build(self, k: Tensor, row: int, length: int) -> None:
+        self.signatures[row, :, :length] = self.encoder.encode_keys(k[row:row + 1, :, :length])[0]
 
     def forward(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
-        batch, newest = torch.arange(len(q), device=q.device), seq_lens - 1
+        batch, newest = torch.arange(len(q), device=q.device), seq_lens.long() - 1
         self.signatures[batch, :, newest] = self.encoder.encode_keys(k[batch, :, newest][:, :, None])[:, :, 0]
         return select_tokens(self.encoder.encode_queries(q), self.signatures, seq_lens, min(self.budget, k.shape[2]), self.sink,
                              self.recent, shift=self.encoder.shift)
@@ -126,19 +130,19 @@ class Quest(Selector):
         self.register_buffer("low", torch.zeros(shape, dtype=k.dtype, device=k.device), persistent=False)
         self.register_buffer("high", torch.zeros(shape, dtype=k.dtype, device=k.device), persistent=False)
 
-    def build(self, k: Tensor, length: int, query_size: Tensor) -> None:
+    def build(self, k: Tensor, row: int, length: int) -> None:
         pages = -(-length // PAGE)
         # the last page is filled up with the newest key, which moves no bound
-        rows = torch.arange(pages * PAGE, device=k.device).clamp(max=length - 1)
-        rows = k[:, :, rows].unflatten(2, (pages, PAGE))
-        self.low[:, :, :pages], self.high[:, :, :pages] = rows.amin(dim=3), rows.amax(dim=3)
+        at = torch.arange(pages * PAGE, device=k.device).clamp(max=length - 1)
+        keys = k[row][:, at].unflatten(1, (pages, PAGE))  # [Hkv, pages, PAGE, D]
+        self.low[row, :, :pages], self.high[row, :, :pages] = keys.amin(dim=2), keys.amax(dim=2)
 
     def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
-        batch = torch.arange(len(q), device=q.device)
-        page = (seq_lens - 1) // PAGE
-        rows = torch.minimum(page[:, None] * PAGE + torch.arange(PAGE, device=q.device), seq_lens[:, None] - 1)
-        newest = k[batch[:, None], :, rows]  # [B, PAGE, Hkv, D]
-        self.low[batch, :, page], self.high[batch, :, page] = newest.amin(dim=1), newest.amax(dim=1)
+        batch, newest = torch.arange(len(q), device=q.device), seq_lens.long() - 1
+        page = newest // PAGE
+        at = torch.minimum(page[:, None] * PAGE + torch.arange(PAGE, device=q.device), newest[:, None])
+        keys = k[batch[:, None], :, at]  # [B, PAGE, Hkv, D]
+        self.low[batch, :, page], self.high[batch, :, page] = keys.amin(dim=1), keys.amax(dim=1)
         # a channel's bound is q * high where q > 0 and q * low elsewhere
         bound = dot_products(q.clamp(min=0), self.high) + dot_products(q.clamp(max=0), self.low)
         return bound.flatten(1, 2).repeat_interleave(PAGE, dim=-1)[..., :k.shape[2]]
@@ -152,21 +156,34 @@ class DoubleSparsity(Selector):
     """
     share = "query"
 
-    def __init__(self, sink: int, recent: int, k: Tensor) -> None:
+    def __init__(self, sink: int, recent: int, k: Tensor, attention: Attention) -> None:
+        """attention: the layer's, whose `prefill` is made to tell this selector of its queries."""
         super().__init__(sink, recent)
-        count = max(1, k.shape[-1] // 8)
+        B, Hkv, S, D = k.shape
+        count = max(1, D // 8)
         self.bytes_per_token = 2.0 * count
-        channels = torch.arange(count, device=k.device).expand(*k.shape[:2], -1).contiguous()
-        self.register_buffer("channels", channels, persistent=False)
+        self.register_buffer("query_size", torch.zeros(B, Hkv, D, device=k.device), persistent=False)  # sum of |q|
+        self.register_buffer("channels", torch.zeros(B, Hkv, count, dtype=torch.int64, device=k.device), persistent=False)
+        self.register_buffer("labels", torch.zeros(B, Hkv, S, count, dtype=k.dtype, device=k.device), persistent=False)
 
-    def build(self, k: Tensor, length: int, query_size: Tensor) -> None:
-        size = k[:, :, :length].float().abs().mean(dim=2) * query_size.unflatten(0, (k.shape[1], -1)).sum(dim=1)
-        self.channels.copy_(size.topk(self.channels.shape[-1], dim=-1).indices)
+        def prefill(q: Tensor, k: Tensor, v: Tensor, row: int, start: int) -> Tensor:
+            size = q[0].abs().sum(dim=0, dtype=torch.float32).unflatten(0, (Hkv, -1)).sum(dim=1)
+            self.query_size[row] = size if start == 0 else self.query_size[row] + size
+            return Attention.prefill(attention, q, k, v, row, start)
+
+        attention.prefill = prefill
+
+    def build(self, k: Tensor, row: int, length: int) -> None:
+        size = k[row, :, :length].abs().sum(dim=1, dtype=torch.float32) * self.query_size[row]  # sums rank as means do
+        self.channels[row] = size.topk(self.channels.shape[-1], dim=-1).indices
+        channels = self.channels[row, :, None].expand(-1, length, -1)
+        self.labels[row, :, :length] = k[row, :, :length].gather(-1, channels)
 
     def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
-        labels = k.gather(-1, self.channels[:, :, None].expand(-1, -1, k.shape[2], -1))
+        batch, newest = torch.arange(len(q), device=q.device), seq_lens.long() - 1
+        self.labels[batch, :, newest] = k[batch, :, newest].gather(-1, self.channels)
         channels = self.channels.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        return dot_products(q.gather(-1, channels), labels).flatten(1, 2)
+        return dot_products(q.gather(-1, channels), self.labels).flatten(1, 2)
 
 
 class Random(Selector):
@@ -218,7 +235,7 @@ def make_methods(names: list[str], model: Transformer, sink: int, recent: int, s
     caches = [layer.attention.cache.k for layer in model.layers]
     dense = [None] * min(dense_layers, len(caches))
     fingerprint = model.fingerprint()
-    plain = {"oracle": Oracle, "oracle_group": OracleGroup, "quest": Quest, "double_sparsity": DoubleSparsity}
+    plain = {"oracle": Oracle, "oracle_group": OracleGroup, "quest": Quest}
     methods = []
 
     def add(name: str, layers: list[Selector], recipe: str | None = None, config: HashConfig | None = None) -> None:
@@ -241,6 +258,8 @@ def make_methods(names: list[str], model: Transformer, sink: int, recent: int, s
             add(name, [Streaming(sink, recent) for _ in caches])
         elif name == "random":
             add(name, [Random(sink, recent, seed * len(caches) + i) for i in range(len(caches))])
+        elif name == "double_sparsity":
+            add(name, [DoubleSparsity(sink, recent, layer.attention.cache.k, layer.attention) for layer in model.layers])
         else:
             add(name, [plain[name](sink, recent, k) for k in caches])
     return methods

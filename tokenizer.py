@@ -133,14 +133,14 @@ class Tokenizer:
             reason = f"{type(error).__name__} {error}".removeprefix("ValueError ").removeprefix("Exception ")
             raise UserError(f"cannot read tokenizer {path}: {reason}; download the model's own") from error
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
+    def encode(self, text: str, bos: bool = True, special: bool = False) -> list[int]:
         """The ids of `text`, begun with the bos token if `bos` and the model uses one. No eos token is added.
 
         Special tokens written out in the text are parsed with tokenizer.json, as in transformers, and are ordinary text
-        with both kinds of tokenizer.model, as in Llama's and Mistral's own code. Raises UserError for a text that is not
-        valid Unicode.
+        with both kinds of tokenizer.model, as in Llama's and Mistral's own code, unless `special`. Raises UserError for a
+        text that is not valid Unicode.
         """
-        return (self._bos if bos else []) + self._backend.encode(_checked(text), False)
+        return (self._bos if bos else []) + self._backend.encode(_checked(text), special)
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """The ids that ask the model for its turn after `messages` ({"role", "content"} each), by its chat template.
@@ -148,9 +148,13 @@ class Tokenizer:
         The template says whether bos comes first. Raises UserError if the checkpoint has no chat template, or it refuses
         the messages.
         """
+        return self.encode(self.chat_text(messages), bos=False, special=True)
+
+    def chat_text(self, messages: list[dict[str, Any]]) -> str:
+        """What `encode_chat` encodes, as text."""
         if self._chat_template is None:
             raise UserError("this checkpoint has no chat template (chat_template in tokenizer_config.json); use a plain prompt")
-        return self._backend.encode(_checked(_render(self._chat_template, messages, self._tokens)), True)
+        return _render(self._chat_template, messages, self._tokens)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""

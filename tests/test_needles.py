@@ -48,6 +48,18 @@ def test_code_is_found_by_its_key(task: str, seed: int) -> None:
     assert (dict(codes)[key],) == needle.answers
 
 
+def test_depth_moves_the_fact_alone() -> None:
+    documents = {depth: make_needle("single", 6000, FILLER, 2, depth=depth) for depth in (0, 0.25, 0.5, 1)}
+    fact = re.search(r"The access code of \S+ is \d+\.", documents[0].context)[0]
+    rest = set()
+    for depth, needle in documents.items():
+        before, after = needle.context.split(fact)
+        assert len(before) / (len(before) + len(after)) == pytest.approx(depth, abs=0.02)
+        rest.add(" ".join((before + after).split()))
+    assert len(rest) == 1 and make_needle("single", 6000, FILLER, 2).answers == documents[1].answers
+    assert documents[0].context.startswith(fact) and documents[1].context.endswith(fact)
+
+
 def test_uuids() -> None:
     needle = make_needle("uuids", 6000, FILLER, seed=1)
     key = re.search(r"key (\S+) in", needle.question)[1]
@@ -95,3 +107,5 @@ def test_mistakes() -> None:
         make_needle("single", 1000, "One sentence. Two.", 0)
     with pytest.raises(ValueError, match="split"):
         make_needle("single", 1000, FILLER, 0, split="test")
+    with pytest.raises(ValueError, match="depth"):
+        make_needle("uuids", 1000, FILLER, 0, depth=0.5)

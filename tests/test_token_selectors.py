@@ -1,8 +1,10 @@
 """Selectors: the budget is kept to the token, what must be in is in, the best is found, bounds are bounds."""
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hash_attention import HashConfig, random_encoders
+from model import Attention, KVCache, ModelArgs
 from token_selectors import (
     PAGE,
     DoubleSparsity,
@@ -18,6 +20,7 @@ from token_selectors import (
 
 B, HQ, HKV, S, D = 2, 6, 2, 200, 32
 SINK, RECENT, BUDGET = 4, 10, 40
+ARGS = ModelArgs(1, HQ * D, HQ, HKV, D, 8, 10, 1e-5, 1e4)
 NAMES = ("hash", "hash_query", "oracle", "oracle_group", "streaming", "quest", "double_sparsity", "random")
 
 
@@ -26,7 +29,9 @@ def make(name: str, k: torch.Tensor) -> Selector:
         from hash_attention import Fingerprint
         config = HashConfig(share="query" if name == "hash_query" else "kv")
         return Hash(SINK, RECENT, random_encoders(config, Fingerprint(1, HQ, HKV, D, 1e4, 10))[0], k)
-    plain = {"oracle": Oracle, "oracle_group": OracleGroup, "quest": Quest, "double_sparsity": DoubleSparsity}
+    if name == "double_sparsity":
+        return DoubleSparsity(SINK, RECENT, k, Attention(ARGS))
+    plain = {"oracle": Oracle, "oracle_group": OracleGroup, "quest": Quest}
     if name in plain:
         return plain[name](SINK, RECENT, k)
     return Streaming(SINK, RECENT) if name == "streaming" else Random(SINK, RECENT, seed=3)
@@ -47,7 +52,8 @@ def choose(name: str, q: torch.Tensor, k: torch.Tensor, lengths: torch.Tensor, b
     selector = make(name, k)
     selector.budget = budget
     start = int(lengths[0]) - 7
-    selector.build(k, start, torch.ones(HQ, D))
+    for row in range(B):
+        selector.build(k, row, start)
     for length in range(start + 1, int(lengths[0]) + 1):
         indices = selector(q, k, torch.full_like(lengths, length))
     return indices
@@ -69,13 +75,90 @@ def test_all_tokens_within_the_budget(name: str, tensors: tuple) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_sequences_of_different_lengths_are_chosen_for_alone(name: str, tensors: tuple) -> None:
+    q, k, _ = tensors
+    starts, lengths = (150, 97), torch.tensor([157, 104], dtype=torch.int32)
+    together = make(name, k)
+    together.budget = BUDGET
+    for row in (0, 1, 1, 0):  # built again, as for a next batch
+        together.build(k, row, starts[row])
+    for back in range(6, -1, -1):
+        found = together(q, k, lengths - back)
+    for row in range(B):
+        alone = make(name, k[row:row + 1])
+        alone.budget = BUDGET
+        alone.build(k[row:row + 1], 0, starts[row])
+        for back in range(6, -1, -1):
+            wanted = alone(q[row:row + 1], k[row:row + 1], lengths[row:row + 1] - back)
+        assert torch.equal(found[row].sort().values, wanted[0].sort().values)
+
+
+class Devices(TorchDispatchMode):
+    """Notes which devices the tensors of every operation are on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        parts = [*args, *(part for arg in args if isinstance(arg, list | tuple) for part in arg), result]
+        self.seen |= {part.device.type for part in parts if isinstance(part, torch.Tensor)}
+        return result
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_leaves_the_device_at_no_point(name: str) -> None:
+    """The meta device has no values: what a CUDA graph could not capture (reading one, a shape that depends on one, a tensor
+    of the host) fails here too."""
+    k = torch.zeros(B, HKV, S, D, device="meta")
+    selector = make(name, torch.zeros(B, HKV, S, D)).to("meta")
+    if name.startswith("hash"):
+        selector.encoder.to("meta")
+    selector.budget = BUDGET
+    with Devices() as devices, torch.no_grad():
+        indices = selector(torch.zeros(B, HQ, D, device="meta"), k, torch.zeros(B, dtype=torch.int32, device="meta"))
+    assert devices.seen == {"meta"} and indices.shape[-1] == BUDGET
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_captured_step_chooses_what_the_cpu_does(name: str, tensors: tuple) -> None:
+    """In bfloat16, in sequences of different lengths; at another length the graph chooses anew."""
+    q, k, lengths = tensors[0].bfloat16(), tensors[1].bfloat16(), torch.tensor([157, 104], dtype=torch.int32)
+    found = {}
+    for device in ("cpu", "cuda"):
+        selector = make(name, k).to(device)
+        if name.startswith("hash"):
+            selector.encoder.to(device)
+        selector.budget = BUDGET
+        queries, keys, seq_lens = q.to(device), k.to(device), lengths.to(device)
+        for row in range(B):
+            selector.build(keys, row, 90)
+        for _ in range(2):  # on a GPU compiles what there is to compile
+            found[device] = selector(queries, keys, seq_lens)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = selector(queries, keys, seq_lens)
+    seq_lens -= 3
+    graph.replay()
+    shorter = captured.clone()
+    seq_lens += 3
+    graph.replay()
+    assert torch.equal(captured.cpu().sort().values, found["cpu"].sort().values)
+    assert not torch.equal(shorter.sort().values, captured.sort().values)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_building_at_the_end_is_stepping_there(name: str, tensors: tuple) -> None:
     q, k, lengths = tensors
     if name == "double_sparsity":
         pytest.skip("its channels are calibrated by the prompt")
     selector = make(name, k)
     selector.budget = BUDGET
-    selector.build(k, 187, torch.ones(HQ, D))
+    for row in range(B):
+        selector.build(k, row, 187)
     assert torch.equal(selector(q, k, lengths).sort().values, choose(name, q, k, lengths).sort().values)
 
 
@@ -107,7 +190,8 @@ def test_streaming_takes_the_newest(tensors: tuple) -> None:
 def test_quest_bounds_the_products(tensors: tuple) -> None:
     q, k, lengths = tensors
     selector = make("quest", k)
-    selector.build(k, 180, torch.ones(HQ, D))
+    for row in range(B):
+        selector.build(k, row, 180)
     for length in range(181, 188):
         bound = selector.scores(q, k, torch.full_like(lengths, length))
     products = dot_products(q, k).flatten(1, 2)
@@ -121,9 +205,25 @@ def test_double_sparsity_is_exact_where_its_channels_are_all_that_count(tensors:
     q, channels = q.clone(), torch.tensor([3, 8, 17, 30])  # D / 8
     q[..., [c for c in range(D) if c not in channels]] = 0
     selector = make("double_sparsity", k)
-    selector.build(k, 187, q.abs().mean(dim=0))
+    for row in range(B):
+        selector.query_size[row] = q[row].abs().unflatten(0, (HKV, -1)).sum(dim=1)
+        selector.build(k, row, 187)
     assert (selector.channels.sort().values == channels).all()
     torch.testing.assert_close(selector.scores(q, k, lengths)[..., :187], dot_products(q, k).flatten(1, 2)[..., :187])
+
+
+def test_double_sparsity_is_told_of_the_prompts_queries() -> None:
+    generator = torch.Generator().manual_seed(1)
+    attention = Attention(ARGS)
+    attention.cache = KVCache(B, S, ARGS, None, torch.device("cpu"), torch.float32)
+    selector = DoubleSparsity(SINK, RECENT, attention.cache.k, attention)
+    q, k = torch.randn(2, 90, HQ, D, generator=generator), torch.randn(2, HKV, 90, D, generator=generator)
+    for prompt in (0, 1):  # the second one replaces the first
+        for start, end in ((0, 64), (64, 90)):
+            attention.prefill(q[prompt:prompt + 1, start:end], k[prompt:prompt + 1, :, start:end],
+                              k[prompt:prompt + 1, :, start:end], 1, start)
+    torch.testing.assert_close(selector.query_size[1], q[1].abs().sum(dim=0).unflatten(0, (HKV, -1)).sum(dim=1))
+    assert torch.equal(attention.cache.k[1, :, :90], k[1]) and not selector.query_size[0].any()
 
 
 def test_random_depends_on_the_seed_and_the_step(tensors: tuple) -> None:
