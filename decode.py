@@ -26,7 +26,16 @@ class Sampling:
 
 def sample(logits: Tensor, sampling: Sampling) -> Tensor:
     """logits [B, vocab] -> token ids int64 [B]."""
-    return logits.argmax(dim=-1) if sampling.greedy else draw(probabilities(logits, sampling))
+    return largest(logits) if sampling.greedy else draw(probabilities(logits, sampling))
+
+
+def largest(x: Tensor) -> Tensor:
+    """argmax of x [..., n] -> int64 [...], by parts where n allows: one row would keep one multiprocessor busy."""
+    if x.shape[-1] % 128:
+        return x.argmax(dim=-1)
+    best, at = x.unflatten(-1, (128, -1)).max(dim=-1)  # [..., 128]
+    part = best.argmax(dim=-1, keepdim=True)
+    return (part * (x.shape[-1] // 128) + at.gather(-1, part))[..., 0]
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -41,7 +50,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 def draw(weights: Tensor) -> Tensor:
     """Token ids int64 [...] with the probabilities weights / weights.sum(), float32 [..., vocab]."""
     # the Gumbel trick needs no host sync, as torch.multinomial does
-    return tp.from_first((weights / torch.empty_like(weights).exponential_(1)).argmax(dim=-1))
+    return tp.from_first(largest(weights / torch.empty_like(weights).exponential_(1)))
 
 
 def compile_parts(device: torch.device, *parts: Callable) -> list[Callable]:

@@ -95,14 +95,18 @@ def _store_halves(x, first, second, HALF: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _code(first, second, weight, bias, HALF: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr):
-    """x @ weight + bias for the halves of x, weight [D, BITS] and bias [BITS] -> float32 [BITS]."""
-    row = tl.arange(0, BLOCK)[:, None]
-    bit = tl.arange(0, BITS)
-    low = tl.load(weight + row * BITS + bit[None, :], mask=row < HALF, other=0.0)
-    high = tl.load(weight + (HALF + row) * BITS + bit[None, :], mask=row < HALF, other=0.0)
-    products = first.to(tl.float32)[:, None] * low + second.to(tl.float32)[:, None] * high
-    return tl.sum(products, axis=0) + tl.load(bias + bit)
+def _weights(weight, HALF: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr):
+    """The rows of weight [D, BITS] for each half of a head."""
+    at = tl.arange(0, BLOCK)[:, None] * BITS + tl.arange(0, BITS)[None, :]
+    mask = tl.arange(0, BLOCK)[:, None] < HALF
+    return tl.load(weight + at, mask=mask, other=0.0), tl.load(weight + HALF * BITS + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _code(first, second, weights, bias, BITS: tl.constexpr):
+    """x @ weight + bias for the halves of x and of weight, bias [BITS] -> float32 [BITS]."""
+    products = first.to(tl.float32)[:, None] * weights[0] + second.to(tl.float32)[:, None] * weights[1]
+    return tl.sum(products, axis=0) + tl.load(bias + tl.arange(0, BITS))
 
 
 @triton.jit
@@ -117,10 +121,11 @@ def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight
                                k_cache, v_cache, signatures, T, k_b, k_h, k_s, v_b, v_h, v_s, x_b, x_h, x_s,
                                HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
                                WORDS: tl.constexpr, P: tl.constexpr, SIGNS: tl.constexpr, KEYS: tl.constexpr,
-                               QUERIES: tl.constexpr):
+                               QUERIES: tl.constexpr, EARLY: tl.constexpr):
     """One signature head (or KV head without signatures) of one new token: its G queries, and its key and value.
 
     qkv [B, T, Hq + 2 Hkv, D], cos and sin [B, T, D / 2]. SIGNS: query_bits is 1. KEYS, QUERIES: which of them to encode.
+    EARLY: load all weights while the kernel before still runs.
     """
     head = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
@@ -130,30 +135,44 @@ def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight
     BITS: tl.constexpr = 32 * WORDS
     kv_head = head // (HEADS // HKV)
     column = tl.arange(0, BLOCK)
+    word = tl.arange(0, WORDS)
     token = batch * T + t
+    if EARLY:
+        key_weights = _weights(key_weight + head * (D * BITS), HALF, BLOCK, BITS)
+        query_weights = ()
+        for g in tl.static_range(G):
+            query_weights += (_weights(query_weight + (head * G + g) * (D * BITS), HALF, BLOCK, BITS),)
     after_previous()
+    # all loads come before the first store, which they would otherwise have to wait for
     position = tl.load(seq_lens + batch).to(tl.int64) - T + t
     qkv += token * ((HQ + 2 * HKV) * D)
     angle_cos = tl.load(cos + token * HALF + column, mask=column < HALF, other=0.0)
     angle_sin = tl.load(sin + token * HALF + column, mask=column < HALF, other=0.0)
+    key_first, key_second = _rotated(qkv + (HQ + kv_head) * D, angle_cos, angle_sin, HALF, BLOCK)
+    value = tl.arange(0, 2 * BLOCK)
+    v = tl.load(qkv + (HQ + HKV + kv_head) * D + value, mask=value < D)
+    queries = ()
+    for g in tl.static_range(G):
+        queries += (_rotated(qkv + (head * G + g) * D, angle_cos, angle_sin, HALF, BLOCK),)
 
-    first, second = _rotated(qkv + (HQ + kv_head) * D, angle_cos, angle_sin, HALF, BLOCK)
     if head % (HEADS // HKV) == 0:
-        _store_halves(k_cache + batch * k_b + kv_head * k_h + position * k_s, first, second, HALF, BLOCK)
-        value = tl.arange(0, 2 * BLOCK)
-        v = tl.load(qkv + (HQ + HKV + kv_head) * D + value, mask=value < D)
+        _store_halves(k_cache + batch * k_b + kv_head * k_h + position * k_s, key_first, key_second, HALF, BLOCK)
         tl.store(v_cache + batch * v_b + kv_head * v_h + position * v_s + value, v, mask=value < D)
-    word = tl.arange(0, WORDS)
+    for g in tl.static_range(G):
+        _store_halves(q_out + (token * HQ + head * G + g) * D, queries[g][0], queries[g][1], HALF, BLOCK)
     if KEYS:
-        code = _code(first, second, key_weight + head * (D * BITS), key_bias + head * BITS, HALF, BLOCK, BITS)
+        if not EARLY:
+            key_weights = _weights(key_weight + head * (D * BITS), HALF, BLOCK, BITS)
+        code = _code(key_first, key_second, key_weights, key_bias + head * BITS, BITS)
         tl.store(signatures + batch * x_b + head * x_h + position * x_s + word, _pack(code > 0, WORDS))
     codes = tl.zeros([BITS], tl.float32)
-    for g in tl.static_range(G):
-        query = head * G + g
-        first, second = _rotated(qkv + query * D, angle_cos, angle_sin, HALF, BLOCK)
-        _store_halves(q_out + (token * HQ + query) * D, first, second, HALF, BLOCK)
-        if QUERIES:
-            code = _code(first, second, query_weight + query * (D * BITS), query_bias + query * BITS, HALF, BLOCK, BITS)
+    if QUERIES:
+        for g in tl.static_range(G):
+            if EARLY:
+                weights = query_weights[g]
+            else:
+                weights = _weights(query_weight + (head * G + g) * (D * BITS), HALF, BLOCK, BITS)
+            code = _code(queries[g][0], queries[g][1], weights, query_bias + (head * G + g) * BITS, BITS)
             codes += tl.where(code > 0, 1.0, -1.0) if SIGNS else code
     if QUERIES:
         if not SIGNS:
@@ -194,13 +213,15 @@ def _rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, key_weight: Tenso
     HEADS, WORDS = (signatures.shape[1], signatures.shape[3]) if encode else (HKV, 1)
     q = torch.empty((B, T, HQ, D), dtype=qkv.dtype, device=qkv.device)
     planes = torch.empty((B, HEADS, 1 + P, WORDS), dtype=torch.int32, device=qkv.device)
+    # with 8 warps that many weights take half of the registers
+    early = encode and T == 1 and (1 + HQ // HEADS) * D * 32 * WORDS <= 2 ** 15
     _rope_encode_append_kernel[(HEADS, B, T)](
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), key_weight, key_bias, query_weight, query_bias, seq_lens,
         q, planes,
         checked_rows(k_cache), checked_rows(v_cache), signatures, T, *k_cache.stride()[:3], *v_cache.stride()[:3],
         *(signatures.stride()[:3] if encode else (0, 0, 0)),
         HQ=HQ, HKV=HKV, HEADS=HEADS, D=D, BLOCK=triton.next_power_of_2(D // 2), WORDS=WORDS, P=P, SIGNS=query_bits == 1,
-        KEYS=encode, QUERIES=encode and T == 1, num_warps=4, launch_pdl=DEPENDENT_LAUNCH)
+        KEYS=encode, QUERIES=encode and T == 1, EARLY=early, num_warps=8 if encode else 4, launch_pdl=DEPENDENT_LAUNCH)
     return q, planes
 
 

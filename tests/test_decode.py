@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from decode import Decoder, Sampling, decode, prefill, sample
+from decode import Decoder, Sampling, decode, largest, prefill, sample
 from hash_attention import HashConfig, random_encoders
 from model import ModelArgs, SparseSettings, Transformer
 
@@ -43,6 +43,13 @@ def run(model, device, compiled, sampling, prompts, count):
 def test_temperature_zero_is_greedy():
     logits = torch.randn(5, 50)
     assert torch.equal(sample(logits, Sampling(temperature=0)), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("n", [127, 128, 1280])
+def test_largest_is_argmax(n):
+    x = torch.randn(3, 5, n)
+    x[0, 0] = 1.0  # the first of equals
+    assert torch.equal(largest(x), x.argmax(dim=-1))
 
 
 def test_samples_follow_the_distribution():
