@@ -8,8 +8,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import SparseSettings, Transformer, TransformerBlock
+from prompt_attention import piece_sizes
 
-PREFILL_CHUNK = 2048
+PREFILL_CHUNK = {"cpu": 2048, "cuda": 4096}  # prompt tokens read at a time, by kind of device
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,13 @@ def synchronize(device: str) -> None:
 
 
 @torch.inference_mode()
-def prefill(model: Transformer, ids: Tensor, batch: int, start: int = 0, chunk: int = PREFILL_CHUNK, row: int = 0) -> Tensor:
+def prefill(model: Transformer, ids: Tensor, batch: int, start: int = 0, chunk: int | None = None, row: int = 0) -> Tensor:
     """Fill `batch` cache rows from `row` on with one prompt, ids int64 [T] at `start` -> logits of its last position [vocab].
 
-    It is read once, `chunk` tokens at a time, and copied.
+    It is read once, `chunk` tokens at a time (default: what prefill is compiled for, or PREFILL_CHUNK), and copied.
     """
     end = start + len(ids)
+    chunk = chunk or model.static_chunk or PREFILL_CHUNK[ids.device.type]
     with tqdm(total=len(ids), desc="prefill", unit="tok", delay=2, leave=False, disable=None) as progress:
         for part in ids.split(chunk):
             logits = model.prefill(part, row, start)
@@ -131,9 +133,25 @@ def prefill(model: Transformer, ids: Tensor, batch: int, start: int = 0, chunk: 
             progress.update(len(part))
     if batch > 1:
         for layer in model.layers:
-            for buffer in layer.attention.cache.buffers():
+            for buffer in layer.attention.cache.rows():
                 buffer[row + 1:row + batch, :, :end] = buffer[row:row + 1, :, :end]
     return logits
+
+
+@torch.inference_mode()
+def prepare_prefill(model: Transformer, chunk: int | None = None) -> float:
+    """Compile prefill for the caches of the model, whose first rows it writes. -> seconds."""
+    started = time.perf_counter()
+    cache = model.layers[0].attention.cache
+    device, length = cache.k.device, cache.k.shape[2]
+    chunk = min(chunk or PREFILL_CHUNK[device.type], length)
+    model.compile_prefill(chunk)
+    # one chunk compiles; on a GPU later ones see a prefix in every size of piece, as kernels may have to be made for each
+    sizes = piece_sizes(chunk) if device.type == "cuda" else []
+    for start in [0, *(size for size in sizes if size + chunk <= length)]:
+        model.prefill(torch.zeros(chunk, dtype=torch.int64, device=device), start=start)
+    synchronize(device.type)
+    return time.perf_counter() - started
 
 
 def decode(decoder: Decoder, first: Tensor, lengths: int | Tensor, count: int) -> Iterator[list[int]]:

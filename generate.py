@@ -6,7 +6,6 @@
 """
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -31,9 +30,20 @@ from common import (
     environment,
     run_command,
 )
-from decode import PREFILL_CHUNK, Decoder, Sampling, bytes_per_step, decode_all, prefill, sample, synchronize, tokens_read
+from decode import (
+    PREFILL_CHUNK,
+    Decoder,
+    Sampling,
+    bytes_per_step,
+    decode_all,
+    prefill,
+    prepare_prefill,
+    sample,
+    synchronize,
+    tokens_read,
+)
 from hash_attention import HashConfig, load_signatures, random_encoders
-from model import SparseSettings, Transformer, TransformerBlock
+from model import SparseSettings, Transformer
 from tokenizer import TextStream, Tokenizer
 
 LARGEST = 2 ** 24  # of counts on the command line: beyond any model's context, and safe in int32
@@ -61,19 +71,11 @@ class Session:
         self.stop_ids = frozenset() if options.ignore_eos or tokenizer is None else tokenizer.stop_ids
         self.decoder = Decoder(model, options.batch_size, self.sampling, options.compile, self.stop_ids)
         self.compile_s = self.decoder.prepare()
-        if options.compile_prefill:
-            self.compile_s += self.prepare_prefill()
+        # a GPU reads long prompts faster so; elsewhere compiling takes longer than it saves
+        pays = options.compile and options.device.startswith("cuda") and length > options.prefill_chunk
+        if options.compile_prefill or pays:
+            self.compile_s += prepare_prefill(model, options.prefill_chunk)
         self.cached: list[int] = []  # tokens in the cache, for prompts that go on from it
-
-    def prepare_prefill(self) -> float:
-        """Compile prefill but for attention, once for all layers and lengths. Writes the first cache rows. -> seconds."""
-        started = time.perf_counter()
-        compiled = torch.compile(TransformerBlock.prefill, dynamic=True)
-        for layer in self.model.layers:
-            layer.attention.prefill = torch.compiler.disable(layer.attention.prefill)  # Dynamo cannot trace its mask
-            layer.prefill = functools.partial(compiled, layer)
-        prefill(self.model, torch.zeros(min(16, self.length), dtype=torch.int64, device=self.decoder.token.device), 1)
-        return time.perf_counter() - started
 
     def first_token(self, prompts: list[list[int]]) -> Tensor:
         """Put prompts into the cache, one for all sequences or one for each -> the first new token of each, int64 [B].
@@ -238,7 +240,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=1234)
     add("--ignore_eos", action="store_true", help="go on after an end token")
     add("--max_seq_length", type=int_or_str, help="cache length, or auto: what fits; default: prompt + new tokens")
-    add("--prefill_chunk", type=int, default=PREFILL_CHUNK, help="prompt tokens read at a time (default 2048)")
+    add("--prefill_chunk", type=int, help="prompt tokens read at a time (default: 4096 on a GPU, 2048 on a CPU)")
     add("--attention", choices=("dense", "hash"), default="dense")
     add("--signatures", type=Path, help="file that train_hash.py wrote")
     sizes = parser.add_mutually_exclusive_group()
@@ -249,7 +251,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dense_layers", type=int, default=0, help="first layers that stay dense")
     add("--sparse_tail", type=int, default=0, help="last prompt tokens that are decoded sparsely too")
     add("--compile", action="store_true")
-    add("--compile_prefill", action="store_true")
+    add("--compile_prefill", action="store_true", help="compile prefill too; for long prompts on a GPU --compile does")
     add("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--device", default=default_device())
     add("--profile", type=Path, help="write a Chrome trace of the last sample here")
@@ -303,6 +305,7 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
     check_device(options.device)
     if options.precision is None:
         options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
+    options.prefill_chunk = options.prefill_chunk or PREFILL_CHUNK[torch.device(options.device).type]
     if (options.compile or options.compile_prefill) and not can_compile(options.device):
         options.compile = options.compile_prefill = False
     return options
