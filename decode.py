@@ -214,7 +214,7 @@ def tokens_read(settings: SparseSettings | None, model: Transformer, length: flo
 def bytes_per_step(model: Transformer, settings: SparseSettings | None, length: float, batch: int) -> int:
     """Bytes that one decode step must read at a cache of `length`: weights once, K, V and signatures per sequence."""
     args, weight = model.args, model.tok_embeddings.weight
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = weight_bytes(model)
     if not args.tie_embeddings:
         weights -= weight.numel() * weight.element_size()  # of the input table a step reads one row
     row = 2 * args.n_kv_head * args.head_dim * weight.element_size()  # K and V of one token, without share="query"
@@ -224,3 +224,24 @@ def bytes_per_step(model: Transformer, settings: SparseSettings | None, length: 
         if encoder is not None and layer.attention.sparse is not None:
             signatures += encoder.n_signature_head * encoder.config.words * 4 * length
     return int(weights + batch * (args.n_layer * row * tokens_read(settings, model, length) + signatures))
+
+
+def cache_bytes_per_token(model: Transformer, encoders: list | None, batch: int, dense_layers: int = 0) -> tuple[int, int]:
+    """Bytes that K and V, and signatures, of one token in each of `batch` sequences take in the caches of all layers."""
+    args = model.args
+    row = batch * 2 * args.n_kv_head * args.head_dim * model.tok_embeddings.weight.element_size() * args.n_layer
+    return row, batch * sum(e.n_signature_head * e.config.words * 4 for e in (encoders or [])[dense_layers:])
+
+
+def weight_bytes(model: Transformer) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def prefill_bytes(model: Transformer, chunk: int) -> int:
+    """An upper estimate of what reading `chunk` prompt tokens at a time takes, whatever the prompt's length.
+
+    The widest moment is the feed-forward: gate and up, their product, the residual and norm; float32 copies where not fused.
+    """
+    args = model.args
+    heads = (args.n_head + 2 * args.n_kv_head) * args.head_dim
+    return chunk * (4 * args.intermediate_size + 8 * args.dim + 2 * heads) * model.tok_embeddings.weight.element_size()

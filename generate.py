@@ -35,12 +35,15 @@ from decode import (
     Decoder,
     Sampling,
     bytes_per_step,
+    cache_bytes_per_token,
     decode_all,
     prefill,
+    prefill_bytes,
     prepare_prefill,
     sample,
     synchronize,
     tokens_read,
+    weight_bytes,
 )
 from hash_attention import HashConfig, load_signatures, random_encoders
 from model import SparseSettings, Transformer
@@ -429,19 +432,18 @@ def plan_memory(options: argparse.Namespace, model: Transformer, length: int, ne
 
     With --max_seq_length auto that is as much of `length` as fits, `needed` at least.
     """
-    args, weight, batch = model.args, model.tok_embeddings.weight, options.batch_size
-    row = batch * 2 * args.n_kv_head * args.head_dim * weight.element_size() * args.n_layer
-    signature_row = batch * sum(e.n_signature_head * e.config.words * 4 for e in (encoders or [])[options.dense_layers:])
-    free = free_memory(options.device)
-    fits = free // (row + signature_row)
+    batch = options.batch_size
+    row, signature_row = cache_bytes_per_token(model, encoders, batch, options.dense_layers)
+    # a large prefill chunk takes more than free_memory leaves
+    free = free_memory(options.device) - max(0, prefill_bytes(model, min(options.prefill_chunk, length)) - 2 ** 30)
+    fits = max(free // (row + signature_row), 0)
     if options.max_seq_length == "auto":
         length = max(needed, min(length, fits))
     if length > fits:
         raise UserError(f"the caches for {batch} x {length} tokens take {(row + signature_row) * length / 2 ** 30:.1f} GiB, "
                         f"{free / 2 ** 30:.1f} GiB are free for them, and at most {fits} tokens fit; "
                         "shorten the prompt, --max_new_tokens or --max_seq_length, or use a smaller --batch_size")
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    print(f"memory plan: weights {weights / 2 ** 30:.2f} GiB, K and V {row * length / 2 ** 30:.2f} GiB, signatures "
+    print(f"memory plan: weights {weight_bytes(model) / 2 ** 30:.2f} GiB, K and V {row * length / 2 ** 30:.2f} GiB, signatures "
           f"{signature_row * length / 2 ** 20:.1f} MiB for {f'{batch} x ' if batch > 1 else ''}{length} tokens; "
           f"up to {fits} tokens fit", file=sys.stderr)
     return length
