@@ -2,6 +2,8 @@
 
 sparse_attention   split-K flash decoding over gathered cache rows, combine   one or two kernels
 dense_attention    split-K flash attention over the whole prefix, combine     one or two kernels
+chunk_attention    flash attention of a prompt chunk                          one kernel
+merge              attention over two sets of tokens into one                 one kernel
 
 Custom ops, as those of hash_kernels.py, which says what that is good for.
 """
@@ -34,14 +36,19 @@ def _dense_parameters(rows: int, M: int, S: int, element_size: int) -> dict[str,
 # ----------------------------------------------------------------------------------------------------- attend: shared parts
 
 @triton.jit
-def _attend(q, k, v, visible, top, total, acc, scale_log2, PRECISION: tl.constexpr):
-    """One tile of flash attention in base 2. q [M, D], k and v [N, D]; top, total [M] and acc [M, D] are the running state."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-    scores = tl.where(visible, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
+def _attend(q, k, v, visible, top, total, acc, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One tile of flash attention in base 2. q [M, D], k and v [N, D]; top, total [M] and acc [M, D] are the running state.
+
+    `visible` [M or 1, N] counts where MASKED. scale_log2 is positive: it then commutes with the maximum, and scaling a score
+    and subtracting the maximum is one instruction.
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where(visible, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale_log2)
     # while a query has seen nothing its top is -inf, and -inf - -inf would be NaN
     pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores - pivot[:, None])
+    weights = tl.exp2(scores * scale_log2 - pivot[:, None])
     keep = tl.exp2(top - pivot)
     total = total * keep + tl.sum(weights, axis=1)
     acc = tl.dot(weights.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
@@ -138,7 +145,7 @@ def _sparse_attention_kernel(q, k_cache, v_cache, indices, partial, partial_lse,
         mask = valid[:, None] & (column < D)
         k = tl.load(k_cache + position[:, None] * k_s + column, mask=mask, other=0.0)
         v = tl.load(v_cache + position[:, None] * v_s + column, mask=mask, other=0.0)
-        top, total, acc = _attend(queries, k, v, valid[None, :], top, total, acc, scale_log2, PRECISION)
+        top, total, acc = _attend(queries, k, v, valid[None, :], top, total, acc, scale_log2, True, PRECISION)
     value, value_lse = _finish(top, total, acc)
     _store_rows(partial, partial_lse, (row * G + member) * n_splits + split, member < G, value, value_lse, D, BLOCK_D)
 
@@ -190,10 +197,23 @@ def _precision(q: Tensor) -> str:
 # ------------------------------------------------------------------------------------------------------------ attend: dense
 
 @triton.jit
+def _load_tile(rows, inside, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile at `rows` [N, BLOCK_D] of a cache whose rows have D channels; where MASKED, only rows `inside` [N], else zeros."""
+    column = tl.arange(0, BLOCK_D)[None, :]
+    if MASKED:
+        tile = tl.load(rows, mask=inside[:, None] & (column < D), other=0.0)
+    elif D < BLOCK_D:
+        tile = tl.load(rows, mask=column < D, other=0.0)
+    else:
+        tile = tl.load(rows)
+    return tile
+
+
+@triton.jit
 def _dense_attention_kernel(q, k_cache, v_cache, seq_lens, partial, partial_lse, scale_log2, T, n_splits,
                             q_b, q_t, q_h, k_b, k_h, k_s, v_b, v_h, v_s,
                             HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                            BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+                            BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
     # later queries see more: they start first, so that no long block is left for the end
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -208,11 +228,16 @@ def _dense_attention_kernel(q, k_cache, v_cache, seq_lens, partial, partial_lse,
     length = tl.load(seq_lens + batch)
     queries = tl.load(q + batch * q_b + (t.to(tl.int64) * q_t + head * q_h)[:, None] + column,
                       mask=valid[:, None] & (column < D), other=0.0)
-    last = length - T + t  # the newest token each query sees
-
-    # all queries of the block see [0, common), some see [0, seen); the split takes [start, stop) of it
-    common = tl.maximum(length - T + (block * BLOCK_M) // G + 1, 0)
-    seen = tl.maximum(length - T + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // G, T - 1) + 1, 0)
+    # last: the newest token each query sees; all queries of the block see [0, common), some see [0, seen)
+    if CAUSAL:
+        last = length - T + t
+        common = tl.maximum(length - T + (block * BLOCK_M) // G + 1, 0)
+        seen = tl.maximum(length - T + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // G, T - 1) + 1, 0)
+    else:
+        last = length - 1 + tl.zeros_like(t)
+        common = length
+        seen = length
+    # the split takes [start, stop) of it
     per_split = tl.cdiv(tl.cdiv(seen, BLOCK_N), n_splits) * BLOCK_N
     start = split * per_split
     stop = tl.minimum(start + per_split, seen)
@@ -220,15 +245,17 @@ def _dense_attention_kernel(q, k_cache, v_cache, seq_lens, partial, partial_lse,
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # 32-bit offsets within a tile, from a base that moves: 64-bit ones for every element would cost as much as the softmax
+    k_offset = (tl.arange(0, BLOCK_N) * k_s)[:, None] + column
+    v_offset = (tl.arange(0, BLOCK_N) * v_s)[:, None] + column
+    k_s, v_s = tl.cast(k_s, tl.int64), tl.cast(v_s, tl.int64)
     for masked in tl.static_range(2):
         for first in range(unmasked if masked else start, stop if masked else unmasked, BLOCK_N):
             position = first + tl.arange(0, BLOCK_N)
-            mask = ((position < stop)[:, None] | (masked == 0)) & (column < D)
-            visible = (position[None, :] <= last[:, None]) | (masked == 0)
-            at = position.to(tl.int64)[:, None]
-            k = tl.load(k_cache + at * k_s + column, mask=mask, other=0.0)
-            v = tl.load(v_cache + at * v_s + column, mask=mask, other=0.0)
-            top, total, acc = _attend(queries, k, v, visible, top, total, acc, scale_log2, PRECISION)
+            k = _load_tile(k_cache + first * k_s + k_offset, position < stop, masked, D, BLOCK_D)
+            v = _load_tile(v_cache + first * v_s + v_offset, position < stop, masked, D, BLOCK_D)
+            visible = position[None, :] <= last[:, None]
+            top, total, acc = _attend(queries, k, v, visible, top, total, acc, scale_log2, masked, PRECISION)
     value, value_lse = _finish(top, total, acc)
     out_row = (batch * T + t) * (HKV * G) + head
     _store_rows(partial, partial_lse, out_row * n_splits + split, valid, value, value_lse, D, BLOCK_D)
@@ -257,7 +284,7 @@ def _(q, k_cache, v_cache, seq_lens, scale):
 
 
 def _launch_dense(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, scale: float, *, block_m: int, block_n: int,
-                  n_splits: int, num_warps: int, num_stages: int) -> tuple[Tensor, Tensor]:
+                  n_splits: int, num_warps: int, num_stages: int, causal: bool = True) -> tuple[Tensor, Tensor]:
     B, T, Hq, D = q.shape
     HKV = k_cache.shape[1]
     G = Hq // HKV
@@ -268,7 +295,56 @@ def _launch_dense(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor,
         checked_rows(q), checked_rows(k_cache), checked_rows(v_cache), seq_lens, partial, partial_lse,
         scale * 1.4426950408889634, T, n_splits,  # scores in base 2: log2 e
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        HKV=HKV, G=G, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=triton.next_power_of_2(D), PRECISION=_precision(q),
-        num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT_LAUNCH)
+        HKV=HKV, G=G, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=triton.next_power_of_2(D), CAUSAL=causal,
+        PRECISION=_precision(q), num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT_LAUNCH)
     _combine(partial, partial_lse, out, lse, n_splits)
     return out, lse
+
+
+# ---------------------------------------------------------------------------------------------------------- prompt chunks
+
+def _chunk_parameters(D: int, element_size: int) -> dict[str, int]:
+    if element_size > 2 or D > 128:
+        return {"block_m": 32, "block_n": 32, "n_splits": 1, "num_warps": 4, "num_stages": 2}
+    return {"block_m": 128, "block_n": 64, "n_splits": 1, "num_warps": 8, "num_stages": 3}
+
+
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention of many queries: of query i to all N keys or, causal, to those up to N - T + i.
+
+    q [B, T, Hq, D], k and v [B, Hkv, N, D] -> out [B, T, Hq, D], lse float32 [B, T, Hq]. No token of k and v is left out.
+    """
+    B, _, _, D = q.shape
+    lengths = torch.full((B,), k.shape[2], dtype=torch.int32, device=q.device)
+    return _launch_dense(q, k, v, lengths, D ** -0.5, causal=causal, **_chunk_parameters(D, k.element_size()))
+
+
+@triton.jit
+def _merge_kernel(out, lse, part, part_lse, T, out_h, out_t, lse_h, part_h, part_t, part_lse_h, D: tl.constexpr,
+                  BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    head = tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)[None, :]
+    mask = (t < T)[:, None] & (column < D)
+    lse += head * lse_h + t
+    a = tl.load(lse, mask=t < T, other=0.0)
+    b = tl.load(part_lse + head * part_lse_h + t, mask=t < T, other=0.0)
+    top = tl.maximum(a, b)
+    total = tl.exp(a - top) + tl.exp(b - top)
+    weight = tl.exp(b - top) / total
+    rows = t.to(tl.int64)[:, None]
+    out += head * out_h + rows * out_t + column
+    mine = tl.load(out, mask=mask, other=0.0).to(tl.float32)
+    theirs = tl.load(part + head * part_h + rows * part_t + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out, (mine + (theirs - mine) * weight[:, None]).to(out.dtype.element_ty), mask=mask)
+    tl.store(lse, top + tl.log(total), mask=t < T)
+
+
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """`prompt_attention.merge_reference`, of one sequence. out, part [1, Hq, T, D], lse, part_lse float32 [1, Hq, T]."""
+    _, Hq, T, D = out.shape
+    block_d = triton.next_power_of_2(D)
+    block_t = 4096 // block_d
+    _merge_kernel[(triton.cdiv(T, block_t), Hq)](
+        checked_rows(out), checked_rows(lse), checked_rows(part), checked_rows(part_lse), T, *out.stride()[1:3], lse.stride(1),
+        *part.stride()[1:3], part_lse.stride(1), D=D, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4)

@@ -1,9 +1,12 @@
-"""Latency, measured: attention of one layer, whole decode steps, prefill; each beside its peers and its byte floor.
+"""Latency, measured: attention of one layer, decode steps, prefill, ragged batches; beside their peers and byte floors.
 
     python bench.py attention --json results/attention_h200.json
     python bench.py decode --model llama-3.1-8b --shapes 1x32768 8x32768 --json results/decode_h200.json
     torchrun --nproc_per_node 2 bench.py decode ...      each rank's share of the model on a GPU of its own (tp.py)
     python bench.py speculate --model llama-3.1-8b --shapes 1x131072 --k 2 4 8 --json results/speculate_h200.json
+    python bench.py prefill --context 32768 131072 --json results/prefill_h200.json
+    python bench.py latency --json results/latency_h200.json
+    python bench.py ragged --json results/ragged_h200.json
     python bench.py plot results/attention_h200.json results/decode_h200.json
 
 Attention times are medians of CUDA-graph replays over as many copies of the cache as it takes to read past the L2 cache, as
@@ -29,9 +32,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import tp
 from checkpoint import PRESETS, random_model
 from common import Parser, UserError, atomic_path, environment
-from decode import Decoder, Sampling, prefill
-from generate import bytes_per_step
-from hash_attention import Fingerprint, HashConfig, dense_attention, random_encoders, rope_encode_append, sparse_attention
+from decode import (
+    PREFILL_CHUNK,
+    Decoder,
+    Sampling,
+    bytes_per_step,
+    cache_bytes_per_token,
+    prefill,
+    prefill_bytes,
+    prepare_prefill,
+    weight_bytes,
+)
+from hash_attention import (
+    Fingerprint,
+    HashConfig,
+    HashEncoder,
+    dense_attention,
+    random_encoders,
+    rope_encode_append,
+    sparse_attention,
+)
 from model import SparseSettings, Transformer
 from speculate import Speculator
 
@@ -197,38 +217,43 @@ def attention(options: argparse.Namespace) -> list[dict]:
 def fill_caches(model: Transformer) -> None:
     """Random keys, values and signatures, as if a prompt had been read."""
     for layer in model.layers:
-        for name, buffer in layer.attention.cache.named_buffers():
-            if name == "signatures":
+        for buffer in layer.attention.cache.rows():
+            if buffer.dtype == torch.int32:
                 buffer.random_(-2 ** 31, 2 ** 31)
             else:
                 buffer.normal_()
+
+
+def hashed(model: Transformer, context: int, sparsity: float) -> tuple[list[HashEncoder], SparseSettings]:
+    """Random encoders, and a budget of 1 / sparsity of `context` tokens."""
+    budget = max(64 * math.ceil(context / sparsity / 64), SINK + RECENT + 64)
+    return tp.shard_encoders(random_encoders(HashConfig(), model.fingerprint())), SparseSettings(budget, SINK, RECENT)
+
+
+def release(model: Transformer) -> None:
+    """Give the memory of the caches back, and of what was compiled for them."""
+    model.setup_caches(1, 1)
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 @torch.inference_mode()
 def bench_decode(model: Transformer, name: str, batch: int, context: int, mode: str, sparsity: float, bandwidth: float,
                  steps: int) -> dict:
     """One row: the median time of a captured decode step at `context` tokens."""
-    settings = encoders = None
-    if mode == "hash":
-        budget = max(64 * math.ceil(context / sparsity / 64), SINK + RECENT + 64)
-        settings = SparseSettings(budget, SINK, RECENT)
-        encoders = tp.shard_encoders(random_encoders(HashConfig(), model.fingerprint()))
-    torch.cuda.reset_peak_memory_stats()
+    encoders, settings = hashed(model, context, sparsity) if mode == "hash" else (None, None)
+    release(model)
     model.setup_caches(batch, context + steps + 8, encoders, settings)
-    torch._dynamo.reset()
     decoder = Decoder(model, batch, Sampling(temperature=0), compiled=True)
     compile_s = decoder.prepare()
     fill_caches(model)
     decoder.start(torch.zeros_like(decoder.token[:, 0]), context)
     ms = median_ms(decoder.step, steps)
-    row = {"model": name, "ranks": model.args.ranks, "batch": batch, "context": context, "attention": mode,
-           "sparsity": sparsity if mode == "hash" else 1, "ms_per_step": ms, "tok_s": 1000 * batch / ms,
-           "floor_ms": bytes_per_step(model, settings, context, batch) / bandwidth / 1000,
-           "compile_s": compile_s, "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30, "copy_gb_s": bandwidth / 1000}
-    model.setup_caches(1, 1)  # give the memory back
-    del decoder
-    torch.cuda.empty_cache()
-    return row
+    return {"model": name, "ranks": model.args.ranks, "batch": batch, "context": context, "attention": mode,
+            "sparsity": sparsity if mode == "hash" else 1, "ms_per_step": ms, "tok_s": 1000 * batch / ms,
+            "floor_ms": bytes_per_step(model, settings, context, batch) / bandwidth / 1000,
+            "compile_s": compile_s, "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30, "copy_gb_s": bandwidth / 1000}
 
 
 def decode(options: argparse.Namespace) -> list[dict]:
@@ -274,11 +299,10 @@ def bench_round(model: Transformer, name: str, batch: int, context: int, k: int,
 
     draft_ms: of one hash step; verify_ms: of the dense pass over k + 1 tokens, logits not included; round_ms: of it all.
     """
-    budget = max(64 * math.ceil(context / sparsity / 64), SINK + RECENT + 64)
-    settings = SparseSettings(budget, SINK, RECENT)
+    encoders, settings = hashed(model, context, sparsity)
+    release(model)
     # random drafts are seldom accepted; there is room for all of them
-    model.setup_caches(batch, context + (steps + 8) * (k + 1), random_encoders(HashConfig(), model.fingerprint()), settings)
-    torch._dynamo.reset()
+    model.setup_caches(batch, context + (steps + 8) * (k + 1), encoders, settings)
     decoder = Decoder(model, batch, Sampling(temperature=0), compiled=True)
     speculator = Speculator(decoder, model, k, settings, compiled=True)
     speculator.prepare()
@@ -294,7 +318,6 @@ def bench_round(model: Transformer, name: str, batch: int, context: int, k: int,
            "round_ms": median_ms(speculator.round, steps)}
     decoder.start(first, context)
     row["dense_ms"] = median_ms(decoder.step, steps)
-    model.setup_caches(1, 1)  # give the memory back
     return row
 
 
@@ -318,26 +341,108 @@ def bench_speculate(options: argparse.Namespace) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------------------- prefill
+# ---------------------------------------------------------------------------------------------- prefill, whole answers
+
+def random_prompt(model: Transformer, length: int) -> Tensor:
+    return torch.randint(model.args.vocab_size, (length,), device="cuda")
+
+
+def timed_prefill(model: Transformer, ids: Tensor, chunk: int) -> tuple[int, float]:
+    """Read a prompt -> its greedy next token, seconds."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    token = prefill(model, ids, 1, chunk=chunk).argmax().item()
+    return token, time.perf_counter() - started
+
 
 def bench_prefill(options: argparse.Namespace) -> list[dict]:
-    """Seconds and TFLOP/s of reading a random prompt: 2 FLOPs per weight and token, 4 per query, head and visible key."""
+    """Seconds and TFLOP/s of reading a random prompt: 2 FLOPs per weight and token, 4 per query, head, channel and visible key.
+
+    Signatures are written too. plan_gib: weights, caches and an upper estimate of what a chunk takes.
+    """
     model = random_model(options.model, "cuda", torch.bfloat16)
     args = model.args
     weights = sum(p.numel() for name, p in model.named_parameters() if name.startswith("layers"))
     rows = []
     for context in options.context:
-        torch.cuda.reset_peak_memory_stats()
-        model.setup_caches(1, context, random_encoders(HashConfig(), model.fingerprint()), SparseSettings(2048))
-        ids = torch.randint(args.vocab_size, (context,), device="cuda")
-        prefill(model, ids[:4096], 1)
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        prefill(model, ids, 1)
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
+        encoders, settings = hashed(model, context, options.sparsity)
+        release(model)
+        model.setup_caches(1, context, encoders, settings)
+        compile_s = prepare_prefill(model, options.chunk)
+        _, seconds = timed_prefill(model, random_prompt(model, context), options.chunk)
         flops = context * 2 * weights + 4 * args.n_layer * args.n_head * args.head_dim * context * (context + 1) / 2
-        rows.append({"model": options.model, "batch": 1, "context": context, "seconds": seconds,
-                     "tflops": flops / seconds / 1e12, "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30})
+        plan = weight_bytes(model) + context * sum(cache_bytes_per_token(model, encoders, 1))
+        rows.append({"model": options.model, "batch": 1, "context": context, "chunk": options.chunk, "seconds": seconds,
+                     "tflops": flops / seconds / 1e12, "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30,
+                     "plan_gib": (plan + prefill_bytes(model, options.chunk)) / 2 ** 30, "compile_s": compile_s})
+        print_table(rows[-1:], header=len(rows) == 1)
+    return rows
+
+
+@torch.inference_mode()
+def bench_latency(model: Transformer, context: int, bandwidth: float, options: argparse.Namespace) -> list[dict]:
+    """Time to the first token of a random prompt, then per token, dense and hash on the cache of that one prefill."""
+    encoders, settings = hashed(model, context, options.sparsity)
+    release(model)
+    model.setup_caches(1, context + options.steps + 8, encoders, settings)
+    decoders = {}
+    for mode in ("dense", "hash"):
+        model.set_sparse(settings if mode == "hash" else None)
+        for layer, encoder in zip(model.layers, encoders, strict=True):
+            layer.attention.encoder = encoder if mode == "hash" else None  # a dense step writes no signatures
+        decoders[mode] = Decoder(model, 1, Sampling(temperature=0), compiled=True)
+        decoders[mode].prepare()
+    prepare_prefill(model, options.chunk)
+    token, seconds = timed_prefill(model, random_prompt(model, context), options.chunk)
+    rows = []
+    for mode, decoder in decoders.items():
+        decoder.start(torch.full_like(decoder.token[:, 0], token), context)
+        ms = median_ms(decoder.step, options.steps)
+        model.set_sparse(settings if mode == "hash" else None)  # the captured steps stay as they are
+        floor = bytes_per_step(model, settings if mode == "hash" else None, context, 1)
+        rows.append({"model": options.model, "batch": 1, "context": context, "attention": mode,
+                     "sparsity": options.sparsity if mode == "hash" else 1, "ttft_s": seconds, "ms_per_token": ms,
+                     "floor_ms": floor / bandwidth / 1000})
+    return rows
+
+
+def latency(options: argparse.Namespace) -> list[dict]:
+    model = random_model(options.model, "cuda", torch.bfloat16)
+    bandwidth = copy_bandwidth()
+    rows = []
+    for context in options.context:
+        rows += bench_latency(model, context, bandwidth, options)
+        print_table(rows[-2:], header=len(rows) == 2)
+    return rows
+
+
+@torch.inference_mode()
+def bench_ragged(options: argparse.Namespace) -> list[dict]:
+    """Tokens per second of decoding prompts of different lengths in one batch, and one after the other."""
+    model = random_model(options.model, "cuda", torch.bfloat16)
+    longest = max(options.lengths)
+
+    def seconds(lengths: list[list[int]], mode: str) -> float:
+        """Seconds of options.steps tokens for each batch of `lengths`; all batches are of one size."""
+        encoders, settings = hashed(model, longest, options.sparsity) if mode == "hash" else (None, None)
+        release(model)
+        model.setup_caches(len(lengths[0]), longest + options.steps + 8, encoders, settings)
+        decoder = Decoder(model, len(lengths[0]), Sampling(temperature=0), compiled=True)
+        decoder.prepare()
+        fill_caches(model)
+        total = 0.0
+        for batch in lengths:
+            decoder.start(torch.zeros_like(decoder.token[:, 0]), torch.tensor(batch, device="cuda"))
+            total += median_ms(decoder.step, options.steps) * options.steps / 1000
+        return total
+
+    rows = []
+    for mode in ("dense", "hash"):
+        tokens = len(options.lengths) * options.steps
+        together, alone = seconds([options.lengths], mode), seconds([[length] for length in options.lengths], mode)
+        rows.append({"model": options.model, "batch": len(options.lengths), "lengths": options.lengths, "attention": mode,
+                     "sparsity": options.sparsity if mode == "hash" else 1, "together_tok_s": tokens / together,
+                     "alone_tok_s": tokens / alone, "speedup": alone / together})
         print_table(rows[-1:], header=len(rows) == 1)
     return rows
 
@@ -362,7 +467,7 @@ def save(path: Path, rows: list[dict]) -> None:
 
 
 def plot(options: argparse.Namespace) -> None:
-    """A PNG beside every results file: stages of attention as bars, or latency of a step against context."""
+    """A PNG beside every results file: stages of attention, steps by shape, or latency against context."""
     try:
         import matplotlib
     except ImportError as error:
@@ -376,6 +481,8 @@ def plot(options: argparse.Namespace) -> None:
             figure, axes = plt.subplots(figsize=(8, 4.5))
             if "attend_us" in rows[0]:
                 plot_stages(axes, [row for row in rows if row["mode"] == "default"])
+            elif "ttft_s" in rows[0]:
+                plot_per_token(axes, rows)
             else:
                 plot_latency(axes, rows)
             axes.set_title(f"{result['gpu']}, torch {result['torch']}", fontsize=9)
@@ -421,6 +528,26 @@ def plot_latency(axes, rows: list[dict]) -> None:
     axes.legend(fontsize=8)
 
 
+def plot_per_token(axes, rows: list[dict]) -> None:
+    for mode in ("dense", "hash"):
+        chosen = [row for row in rows if row["attention"] == mode]
+        contexts = [row["context"] for row in chosen]
+        (line,) = axes.plot(contexts, [row["ms_per_token"] for row in chosen], "o-",
+                            label=mode if mode == "dense" else f"hash, 1/{chosen[0]['sparsity']:g}")
+        axes.plot(contexts, [row["floor_ms"] for row in chosen], "--", color=line.get_color(),
+                  label=f"{mode}: bytes / bandwidth")
+        for row in chosen:
+            axes.annotate(f"{row['ms_per_token']:.1f}", (row["context"], row["ms_per_token"]), (0, 5),
+                          textcoords="offset points", ha="center", fontsize=8)
+    first = {row["context"]: row["ttft_s"] for row in rows}
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(list(first), [f"{context // 1024}K\nfirst token {seconds:.2g} s" for context, seconds in first.items()])
+    axes.set_xlabel(f"prompt tokens, {rows[0]['model']}, batch 1")
+    axes.set_ylabel("ms per token")
+    axes.legend(fontsize=8)
+
+
 # --------------------------------------------------------------------------------------------------------------- command
 
 def parse_options() -> argparse.Namespace:
@@ -452,11 +579,23 @@ def parse_options() -> argparse.Namespace:
     part.add_argument("--steps", type=int, default=20)
     part.add_argument("--json", type=Path)
     part.set_defaults(run=bench_speculate)
-    part = commands.add_parser("prefill", help="reading a prompt")
+    for name, run, about in (("prefill", bench_prefill, "reading a prompt"),
+                             ("latency", latency, "time to the first token and per token")):
+        part = commands.add_parser(name, help=about)
+        part.add_argument("--model", default="llama-3.1-8b", choices=PRESETS)
+        part.add_argument("--context", nargs="+", type=int, default=[8192, 32768, 131072, 524288])
+        part.add_argument("--chunk", type=int, default=PREFILL_CHUNK["cuda"], help="prompt tokens read at a time")
+        part.add_argument("--sparsity", type=float, default=32)
+        part.add_argument("--steps", type=int, default=50, help="tokens decoded")
+        part.add_argument("--json", type=Path)
+        part.set_defaults(run=run)
+    part = commands.add_parser("ragged", help="prompts of different lengths decoded together, and one by one")
     part.add_argument("--model", default="llama-3.1-8b", choices=PRESETS)
-    part.add_argument("--context", nargs="+", type=int, default=[8192, 32768])
+    part.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768])
+    part.add_argument("--sparsity", type=float, default=32)
+    part.add_argument("--steps", type=int, default=50)
     part.add_argument("--json", type=Path)
-    part.set_defaults(run=bench_prefill)
+    part.set_defaults(run=bench_ragged)
     part = commands.add_parser("plot", help="PNGs from results files")
     part.add_argument("files", nargs="+", type=Path)
     return parser.parse_args()

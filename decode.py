@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 import tp
 from model import SparseSettings, Transformer, TransformerBlock
+from prompt_attention import piece_sizes
 
-PREFILL_CHUNK = 2048
+PREFILL_CHUNK = {"cpu": 2048, "cuda": 4096}  # prompt tokens read at a time, by kind of device
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,13 @@ def synchronize(device: str) -> None:
 
 
 @torch.inference_mode()
-def prefill(model: Transformer, ids: Tensor, batch: int, start: int = 0, chunk: int = PREFILL_CHUNK, row: int = 0) -> Tensor:
+def prefill(model: Transformer, ids: Tensor, batch: int, start: int = 0, chunk: int | None = None, row: int = 0) -> Tensor:
     """Fill `batch` cache rows from `row` on with one prompt, ids int64 [T] at `start` -> logits of its last position [vocab].
 
-    It is read once, `chunk` tokens at a time, and copied.
+    It is read once, `chunk` tokens at a time (default: what prefill is compiled for, or PREFILL_CHUNK), and copied.
     """
     end = start + len(ids)
+    chunk = chunk or model.static_chunk or PREFILL_CHUNK[ids.device.type]
     with tqdm(total=len(ids), desc="prefill", unit="tok", delay=2, leave=False, disable=None) as progress:
         for part in ids.split(chunk):
             logits = model.prefill(part, row, start)
@@ -158,9 +160,25 @@ def prefill(model: Transformer, ids: Tensor, batch: int, start: int = 0, chunk: 
             progress.update(len(part))
     if batch > 1:
         for layer in model.layers:
-            for buffer in layer.attention.cache.buffers():
+            for buffer in layer.attention.cache.rows():
                 buffer[row + 1:row + batch, :, :end] = buffer[row:row + 1, :, :end]
     return logits
+
+
+@torch.inference_mode()
+def prepare_prefill(model: Transformer, chunk: int | None = None) -> float:
+    """Compile prefill for the caches of the model, whose first rows it writes. -> seconds."""
+    started = time.perf_counter()
+    cache = model.layers[0].attention.cache
+    device, length = cache.k.device, cache.k.shape[2]
+    chunk = min(chunk or PREFILL_CHUNK[device.type], length)
+    model.compile_prefill(chunk)
+    # one chunk compiles; on a GPU later ones see a prefix in every size of piece, as kernels may have to be made for each
+    sizes = piece_sizes(chunk) if device.type == "cuda" else []
+    for start in [0, *(size for size in sizes if size + chunk <= length)]:
+        model.prefill(torch.zeros(chunk, dtype=torch.int64, device=device), start=start)
+    synchronize(device.type)
+    return time.perf_counter() - started
 
 
 def decode(decoder: Decoder, first: Tensor, lengths: int | Tensor, count: int) -> Iterator[list[int]]:
@@ -225,7 +243,7 @@ def tokens_read(settings: SparseSettings | None, model: Transformer, length: flo
 def bytes_per_step(model: Transformer, settings: SparseSettings | None, length: float, batch: int) -> int:
     """Bytes that one decode step must read at a cache of `length`: weights once, K, V and signatures per sequence."""
     args, weight = model.args, model.tok_embeddings.weight
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = weight_bytes(model)
     if not args.tie_embeddings:
         weights -= weight.numel() * weight.element_size()  # of the input table a step reads one row
     row = 2 * args.n_kv_head * args.head_dim * weight.element_size()  # K and V of one token, without share="query"
@@ -235,3 +253,24 @@ def bytes_per_step(model: Transformer, settings: SparseSettings | None, length: 
         if encoder is not None and layer.attention.sparse is not None:
             signatures += encoder.n_signature_head * encoder.config.words * 4 * length
     return int(weights + batch * (args.n_layer * row * tokens_read(settings, model, length) + signatures))
+
+
+def cache_bytes_per_token(model: Transformer, encoders: list | None, batch: int, dense_layers: int = 0) -> tuple[int, int]:
+    """Bytes that K and V, and signatures, of one token in each of `batch` sequences take in the caches of all layers."""
+    args = model.args
+    row = batch * 2 * args.n_kv_head * args.head_dim * model.tok_embeddings.weight.element_size() * args.n_layer
+    return row, batch * sum(e.n_signature_head * e.config.words * 4 for e in (encoders or [])[dense_layers:])
+
+
+def weight_bytes(model: Transformer) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def prefill_bytes(model: Transformer, chunk: int) -> int:
+    """An upper estimate of what reading `chunk` prompt tokens at a time takes, whatever the prompt's length.
+
+    The widest moment is the feed-forward: gate and up, their product, the residual and norm; float32 copies where not fused.
+    """
+    args = model.args
+    heads = (args.n_head + 2 * args.n_kv_head) * args.head_dim
+    return chunk * (4 * args.intermediate_size + 8 * args.dim + 2 * heads) * model.tok_embeddings.weight.element_size()

@@ -7,7 +7,6 @@
 """
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -34,9 +33,23 @@ from common import (
     default_device,
     environment,
 )
-from decode import PREFILL_CHUNK, Decoder, Sampling, bytes_per_step, decode_all, prefill, sample, synchronize, tokens_read
+from decode import (
+    PREFILL_CHUNK,
+    Decoder,
+    Sampling,
+    bytes_per_step,
+    cache_bytes_per_token,
+    decode_all,
+    prefill,
+    prefill_bytes,
+    prepare_prefill,
+    sample,
+    synchronize,
+    tokens_read,
+    weight_bytes,
+)
 from hash_attention import HashConfig, load_signatures, random_encoders
-from model import SparseSettings, Transformer, TransformerBlock
+from model import SparseSettings, Transformer
 from speculate import Speculator
 from tokenizer import TextStream, Tokenizer
 
@@ -77,19 +90,11 @@ class Session:
             self.compile_s += self.speculator.prepare()
         if self.speculator is None or options.save or options.compare:  # teacher forcing goes step by step
             self.compile_s += self.decoder.prepare()
-        if options.compile_prefill:
-            self.compile_s += self.prepare_prefill()
+        # a GPU reads long prompts faster so; elsewhere compiling takes longer than it saves
+        pays = options.compile and options.device.startswith("cuda") and length > options.prefill_chunk
+        if options.compile_prefill or pays:
+            self.compile_s += prepare_prefill(model, options.prefill_chunk)
         self.cached: list[int] = []  # tokens in the cache, for prompts that go on from it
-
-    def prepare_prefill(self) -> float:
-        """Compile prefill but for attention, once for all layers and lengths. Writes the first cache rows. -> seconds."""
-        started = time.perf_counter()
-        compiled = torch.compile(TransformerBlock.prefill, dynamic=True)
-        for layer in self.model.layers:
-            layer.attention.prefill = torch.compiler.disable(layer.attention.prefill)  # Dynamo cannot trace its mask
-            layer.prefill = functools.partial(compiled, layer)
-        prefill(self.model, torch.zeros(min(16, self.length), dtype=torch.int64, device=self.decoder.token.device), 1)
-        return time.perf_counter() - started
 
     def first_token(self, prompts: list[list[int]]) -> Tensor:
         """Put prompts into the cache, one for all sequences or one for each -> the first new token of each, int64 [B].
@@ -267,7 +272,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=1234)
     add("--ignore_eos", action="store_true", help="go on after an end token")
     add("--max_seq_length", type=int_or_str, help="cache length, or auto: what fits; default: prompt + new tokens")
-    add("--prefill_chunk", type=int, default=PREFILL_CHUNK, help="prompt tokens read at a time (default 2048)")
+    add("--prefill_chunk", type=int, help="prompt tokens read at a time (default: 4096 on a GPU, 2048 on a CPU)")
     add("--attention", choices=("dense", "hash"), default="dense")
     add("--signatures", type=Path, help="file that train_hash.py wrote")
     sizes = parser.add_mutually_exclusive_group()
@@ -281,7 +286,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sparse_tail", type=int, default=0, help="last prompt tokens that are decoded sparsely too")
     speculate.add_options(add)
     add("--compile", action="store_true")
-    add("--compile_prefill", action="store_true")
+    add("--compile_prefill", action="store_true", help="compile prefill too; for long prompts on a GPU --compile does")
     add("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--device", default=default_device())
     add("--profile", type=Path, help="write a Chrome trace of the last sample here")
@@ -342,6 +347,7 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
     tp.check_device(options.device)
     if options.precision is None:
         options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
+    options.prefill_chunk = options.prefill_chunk or PREFILL_CHUNK[torch.device(options.device).type]
     if (options.compile or options.compile_prefill) and not can_compile(options.device):
         options.compile = options.compile_prefill = False
     return options
@@ -469,20 +475,21 @@ def plan_memory(options: argparse.Namespace, models: list[Transformer], length: 
     With --max_seq_length auto that is as much of `length` as fits, `needed` at least.
     """
     batch = options.batch_size
-    row = sum(batch * 2 * model.args.n_kv_head * model.args.head_dim * model.tok_embeddings.weight.element_size()
-              * model.args.n_layer for model in models)
-    signature_row = batch * sum(e.n_signature_head * e.config.words * 4 for e in (encoders or [])[options.dense_layers:])
-    free = tp.least(free_memory(options.device))
-    fits = free // (row + signature_row)
+    row = sum(cache_bytes_per_token(model, None, batch)[0] for model in models)
+    signature_row = cache_bytes_per_token(models[-1], encoders, batch, options.dense_layers)[1]
+    # a large prefill chunk takes more than free_memory leaves
+    chunk = max(prefill_bytes(model, min(options.prefill_chunk, length)) for model in models)
+    free = tp.least(free_memory(options.device) - max(0, chunk - 2 ** 30))
+    fits = max(free // (row + signature_row), 0)
     if options.max_seq_length == "auto":
         length = max(needed, min(length, fits))
     if length > fits:
         raise UserError(f"the caches for {batch} x {length} tokens take {(row + signature_row) * length / 2 ** 30:.1f} GiB, "
                         f"{free / 2 ** 30:.1f} GiB are free for them, and at most {fits} tokens fit; "
                         "shorten the prompt, --max_new_tokens or --max_seq_length, or use a smaller --batch_size")
-    weights = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
     each = f" of each of {tp.size()} ranks" if tp.size() > 1 else ""
-    print(f"memory plan{each}: weights {weights / 2 ** 30:.2f} GiB, K and V {row * length / 2 ** 30:.2f} GiB, signatures "
+    print(f"memory plan{each}: weights {sum(map(weight_bytes, models)) / 2 ** 30:.2f} GiB, "
+          f"K and V {row * length / 2 ** 30:.2f} GiB, signatures "
           f"{signature_row * length / 2 ** 20:.1f} MiB for {f'{batch} x ' if batch > 1 else ''}{length} tokens; "
           f"up to {fits} tokens fit", file=sys.stderr)
     return length

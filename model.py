@@ -7,13 +7,14 @@ Two ways through the model:
 Symbols: B batch, T tokens per sequence in this call, S cache length, d model width, Hq query heads, Hkv key/value heads,
 D head_dim, Hs signature heads, W signature words.
 """
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from hash_attention import (
     Fingerprint,
@@ -24,6 +25,7 @@ from hash_attention import (
     select_tokens,
     sparse_attention,
 )
+from prompt_attention import causal_attention
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,22 @@ class KVCache(nn.Module):
             signatures = torch.zeros(shape, device=device, dtype=torch.int32)
         self.register_buffer("signatures", signatures, persistent=False)
 
+    def rows(self) -> list[Tensor]:
+        """The buffers that have a row per token: [B, heads, S, ...]."""
+        return [buffer for buffer in (self.k, self.v, self.signatures) if buffer is not None]
+
+    def write(self, row: int, start: int, k: Tensor, v: Tensor, signatures: Tensor | None) -> None:
+        """Put one sequence's tokens from `start` on into it. k, v [1, Hkv, T, D], signatures int32 [1, Hs, T, W]."""
+        end = start + k.shape[2]
+        self.k[row, :, start:end] = k[0]
+        self.v[row, :, start:end] = v[0]
+        if signatures is not None:
+            self.signatures[row, :, start:end] = signatures[0]
+
+    def read(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """K and V [1, Hkv, last - first, D] of one sequence's tokens first .. last."""
+        return self.k[row:row + 1, :, first:last], self.v[row:row + 1, :, first:last]
+
 
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
@@ -163,14 +181,8 @@ class Attention(nn.Module):
         return sparse_attention(q[:, 0], cache.k, cache.v, indices)[0][:, None]
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, row: int, start: int) -> Tensor:
-        """Write one sequence's tokens start .. start + T and attend to all up to them. Shapes as `project` gives them."""
-        end = start + k.shape[2]
-        cache = self.cache
-        cache.k[row, :, start:end] = k[0]
-        cache.v[row, :, start:end] = v[0]
-        if self.encoder is not None:
-            cache.signatures[row, :, start:end] = self.encoder.encode_keys(k)[0]
-        return causal_attention(q, cache.k[row:row + 1, :, :end], cache.v[row:row + 1, :, :end])
+        """Attend to one sequence's `start` cached tokens and, causally, to these. Shapes as `project` gives them."""
+        return causal_attention(q, k, v, functools.partial(self.cache.read, row), start)
 
 
 class TransformerBlock(nn.Module):
@@ -185,10 +197,10 @@ class TransformerBlock(nn.Module):
         """One decode step of this layer. x [B, T, d], cos and sin [B, T, D / 2], seq_lens int32 [B] -> [B, T, d]."""
         return self.finish(x, self.attention.decode(self.attention_norm(x), cos, sin, seq_lens))
 
-    def prefill(self, x: Tensor, cos: Tensor, sin: Tensor, row: int, start: int) -> Tensor:
-        """One prompt chunk of sequence `row` through this layer. x [1, T, d] -> [1, T, d]."""
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What a prompt chunk needs of this layer before attention: q, k, v as `Attention.project` gives them, signatures."""
         q, k, v = self.attention.project(self.attention_norm(x), cos, sin)
-        return self.finish(x, self.attention.prefill(q, k, v, row, start))
+        return q, k, v, self.attention.encoder.encode_keys(k) if self.attention.encoder is not None else None
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection and feed-forward with their residuals. x [B, T, d], attended [B, T, Hq, D] -> [B, T, d]."""
@@ -202,6 +214,8 @@ class Transformer(nn.Module):
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_rows, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layer))
+        self.static_chunk = 0  # compile_prefill sets them
+        self.compiled_parts: tuple[Callable, ...] = ()
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_rows, bias=False)
         if args.tie_embeddings:
@@ -251,12 +265,30 @@ class Transformer(nn.Module):
             x = layer(x, cos, sin, seq_lens)
         return self.logits(x)
 
+    def compile_prefill(self, chunk: int) -> None:
+        """From now on prompt chunks of more than half of `chunk` tokens are padded to it, and all but attention is compiled.
+
+        One compilation serves all layers, rows and positions. Shorter chunks are read as they are: padding would cost more.
+        """
+        self.static_chunk = chunk
+        self.compiled_parts = tuple(torch.compile(part, fullgraph=True, dynamic=False)
+                                    for part in (TransformerBlock.project, TransformerBlock.finish))
+
     def prefill(self, tokens: Tensor, row: int = 0, start: int = 0) -> Tensor:
         """One prompt chunk of sequence `row` at position `start`. tokens int64 [T] -> logits of the last position [vocab]."""
+        count = len(tokens)
+        project, finish = TransformerBlock.project, TransformerBlock.finish
+        if self.static_chunk // 2 < count <= self.static_chunk:
+            project, finish = self.compiled_parts
+            tokens = F.pad(tokens, (0, self.static_chunk - count))  # no token before it sees the padding
         x, cos, sin = self.embed(tokens[None], torch.arange(start, start + len(tokens), device=tokens.device)[None])
         for layer in self.layers:
-            x = layer.prefill(x, cos, sin, row, start)
-        return self.logits(x[:, -1:])[0, 0]
+            q, k, v, signatures = project(layer, x, cos, sin)
+            attended = layer.attention.prefill(q, k, v, row, start)
+            layer.attention.cache.write(row, start, k[:, :, :count], v[:, :, :count],
+                                        signatures[:, :, :count] if signatures is not None else None)
+            x = finish(layer, x, attended)
+        return self.logits(x[:, count - 1:count])[0, 0]
 
     def stem(self, tokens: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What `embed` gives for the newest tokens. tokens [B, T], seq_lens int32 [B] with these tokens counted."""
@@ -273,17 +305,6 @@ class Transformer(nn.Module):
         """positions [B, T] -> cos and sin float32 [B, T, D / 2]."""
         angle = positions[..., None].float() * self.inv_freq.to(positions.device)
         return angle.cos() * self.rope_gain, angle.sin() * self.rope_gain
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of the last T positions over all, causal among them. q [1, T, Hq, D], k and v [1, Hkv, N, D] -> as q."""
-    T, N = q.shape[1], k.shape[2]
-    q = q.transpose(1, 2)
-    if T == N:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    else:  # is_causal would align the mask to the top left, as if the prefix were not there
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, N), enable_gqa=True)
-    return out.transpose(1, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------------ RoPE
