@@ -252,6 +252,7 @@ def parallelize(model: Transformer) -> Transformer:
     args = model.args
     if args.ranks == 1:
         return model
+    all_reduce(model.norm.weight)  # NCCL connects and takes its memory now, before the caches are planned and graphs captured
     for layer in model.layers:
         layer.attention.wo = RowParallel(layer.attention.wo)
         layer.feed_forward.w2 = RowParallel(layer.feed_forward.w2)

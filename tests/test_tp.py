@@ -1,8 +1,9 @@
 """Tensor parallelism: two ranks on gloo compute what one process computes, and speak with one voice.
 
-Run as a script under torchrun this file is a rank: `work` writes what `compute` gives, `fail` fails in rank 1 alone.
+Run as a script under torchrun this file is a rank: `work` and `gpu` write what `compute` gives, `fail` fails in rank 1 alone.
 """
 import contextlib
+import functools
 import io
 import json
 import os
@@ -36,9 +37,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ------------------------------------------------------------------------------------------------------ what a rank runs
 
-def compute(folder: Path, modes: tuple[str, ...] = MODES) -> dict[str, Tensor]:
+def compute(folder: Path, modes: tuple[str, ...] = MODES, device: str = "cpu") -> dict[str, Tensor]:
     """Tokens and last logits of a ragged batch of each mode, and the parameters, of this rank or of a single process."""
-    model = load_model(folder, "cpu", torch.float32)
+    model = load_model(folder, device, torch.float32)
     results = {f"parameter {name}": parameter.data.clone() for name, parameter in model.named_parameters()}
     encoders = tp.shard_encoders(load_signatures(folder / "signatures.safetensors", model.fingerprint())[0])
     for mode in modes:
@@ -46,15 +47,18 @@ def compute(folder: Path, modes: tuple[str, ...] = MODES) -> dict[str, Tensor]:
             model.setup_caches(2, 80)
         else:
             model.setup_caches(2, 80, encoders, SparseSettings(16, sink=4, recent=4, dense_layers=1))
+        if mode == "one_shot":
+            tp.use_one_shot(2 * model.args.dim, torch.float32)
         torch.manual_seed(tp.rank())  # ranks that draw differently must agree all the same
-        decoder = Decoder(model, 2, Sampling(temperature=1.0 if mode == "sampled" else 0), mode == "compiled")
+        decoder = Decoder(model, 2, Sampling(temperature=1.0 if mode == "sampled" else 0), mode in ("compiled", "one_shot"))
         decoder.prepare()
         with torch.inference_mode():
-            first = torch.stack([prefill(model, torch.tensor(ids), 1, row=row) for row, ids in enumerate(PROMPTS)])
-        rows = decode(decoder, first.argmax(-1), torch.tensor([len(ids) for ids in PROMPTS]), STEPS)
+            prompts = [torch.tensor(ids, device=device) for ids in PROMPTS]
+            first = torch.stack([prefill(model, ids, 1, row=row) for row, ids in enumerate(prompts)])
+        rows = decode(decoder, first.argmax(-1), torch.tensor([len(ids) for ids in PROMPTS], device=device), STEPS)
         results[f"{mode} tokens"] = torch.tensor(list(rows)).T.contiguous()
         results[f"{mode} prefill"], results[f"{mode} logits"] = first, decoder.logits.contiguous()
-    return results
+    return {name: tensor.cpu() for name, tensor in results.items()}
 
 
 def converse(folder: Path) -> str:
@@ -74,6 +78,10 @@ def work(folder: Path) -> None:
         save_file(compute(folder / name, modes), folder / f"{name}-{tp.rank()}.safetensors")
     (folder / f"chat-{tp.rank()}.txt").write_text(converse(folder / "llama"))
     print("done")
+
+
+def gpu(folder: Path) -> None:
+    save_file(compute(folder / "qwen2", (*MODES, "compiled", "one_shot"), "cuda"), folder / f"gpu-{tp.rank()}.safetensors")
 
 
 def fail() -> None:
@@ -100,14 +108,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> P
     (folder / "llama").symlink_to(tiny_checkpoint)
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
-        hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+        hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=64,
         vocab_size=101, max_position_embeddings=512, initializer_range=0.3, tie_word_embeddings=True)
     model = transformers.Qwen2ForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_()
     model.save_pretrained(folder / "qwen2")
-    for name, hash_config in zip(MODELS, (HashConfig(), HashConfig(bits=64, depth=2, hidden=16, share="query")), strict=True):
+    for name, hash_config in zip(MODELS, (HashConfig(), HashConfig(bits=64, share="query")), strict=True):
         whole = load_model(folder / name, "cpu", torch.float32).fingerprint()
         save_signatures(folder / name / "signatures.safetensors", random_encoders(hash_config, whole), whole, {})
     ran = torchrun(__file__, "work", folder)
@@ -145,6 +153,20 @@ def test_the_compiled_block_holds_the_collectives(ranks: dict, alone: dict) -> N
         torch.testing.assert_close(rank["compiled logits"], alone["qwen2"]["hash logits"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_captured_steps_on_two_gpus(folder: Path) -> None:
+    ran = torchrun(__file__, "gpu", folder)
+    assert ran.returncode == 0, ran.stderr
+    first, second = (load_file(folder / f"gpu-{rank}.safetensors") for rank in range(2))
+    alone = compute(folder / "qwen2", MODES, "cuda")
+    for mode, same in {"dense": "dense", "hash": "hash", "compiled": "hash", "one_shot": "hash"}.items():
+        assert torch.equal(first[f"{mode} tokens"], alone[f"{same} tokens"])
+        torch.testing.assert_close(first[f"{mode} logits"], alone[f"{same} logits"], rtol=1e-3, atol=1e-3)
+    for key in (key for key in first if key.endswith(("tokens", "logits"))):
+        assert torch.equal(first[key], second[key])
+
+
 def test_the_runs_differ_where_they_should(alone: dict) -> None:
     """Or the comparisons above would show little."""
     for results in alone.values():
@@ -155,7 +177,7 @@ def test_the_runs_differ_where_they_should(alone: dict) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_shards_make_up_the_tensors(name: str, ranks: dict, alone: dict) -> None:
-    widths = [8 * heads for heads in ((4, 2, 2) if name == "llama" else (6, 2, 2))]  # of q, k and v
+    widths = [4 * 8, 2 * 8, 2 * 8] if name == "llama" else [6 * 64, 2 * 64, 2 * 64]  # of q, k and v
     vocab_size = 259 if name == "llama" else 101
     parameters = [{key.replace(".linear.", "."): value for key, value in rank.items() if key.startswith("parameter ")}
                   for rank in ranks[name]]  # a row-parallel layer wraps a plain one
@@ -265,4 +287,5 @@ def test_a_rank_that_fails_alone_is_heard_and_ends_all() -> None:
 
 
 if __name__ == "__main__":
-    tp.run_ranks(fail if sys.argv[1] == "fail" else lambda: work(Path(sys.argv[2])))
+    part = {"work": work, "gpu": gpu, "fail": fail}[sys.argv[1]]
+    tp.run_ranks(functools.partial(part, *map(Path, sys.argv[2:])))
