@@ -439,7 +439,7 @@ def _device(device: str | torch.device) -> torch.device:
     return device
 
 
-def _meta_model(args: ModelArgs, quantization: Quantization | None) -> Transformer:
+def _meta_model(args: ModelArgs, quantization: Quantization | None = None) -> Transformer:
     """The model without storage. Its parameters want no gradient: this project trains encoders beside frozen models."""
     with torch.device("meta"):
         model = Transformer(args).requires_grad_(False).eval()

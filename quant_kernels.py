@@ -63,6 +63,8 @@ def _int4_row_kernel(x, weight, scale, zero, out, N, K, GROUPSIZE: tl.constexpr,
 
     A weight never becomes an integer of its own: its four bits are put into the mantissa of 1.0, at bit 15 or 19, which makes
     1 + q / 256 or 1 + q / 16. Inputs times 256 or 16 then sum to x q plus what the ones add, which every output shares.
+    Taking that away again costs 8 of float32's 24 bits: a relative error of a few 2^-16, below the rounding of the result in
+    any narrower type.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     unit = tl.arange(0, BLOCK_U)[None, :]

@@ -6,7 +6,8 @@
 int8: every linear layer, one scale per output. int4: the same layers in groups of --groupsize inputs with a scale and a zero
 each; the output layer stays int8. Embedding, norms and biases stay as they are; where the embedding is also the output
 layer, the folder holds an int8 copy for the output. quant_linear.py has the formats. Weights are rounded to the nearest value,
-without calibration; --data measures what that does to the perplexity of texts.
+without calibration; --data measures what that does to the perplexity of texts. A checkpoint that was 4-bit before, as one
+converted from such a GGUF file, may survive int4 unharmed because its weights are on that grid: a note says so.
 """
 import argparse
 import contextlib
