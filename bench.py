@@ -53,6 +53,7 @@ from hash_attention import (
     sparse_attention,
 )
 from model import SparseSettings, Transformer
+from quant_linear import Quantization
 from speculate import Speculator
 
 MODES = {
@@ -258,7 +259,8 @@ def bench_decode(model: Transformer, name: str, batch: int, context: int, mode: 
 
 def decode(options: argparse.Namespace) -> list[dict]:
     """Rows of bench_decode. compile_s of the first row of a kind is a cold start where Inductor's cache is empty."""
-    model = random_model(options.model, "cuda", torch.bfloat16)
+    quantization = Quantization(options.quantize) if options.quantize else None
+    model = random_model(options.model, "cuda", torch.bfloat16, quantization=quantization)
     bandwidth = copy_bandwidth()
     if options.one_shot:
         batch = max(int(shape.split("x")[0]) for shape in options.shapes)
@@ -274,6 +276,7 @@ def decode(options: argparse.Namespace) -> list[dict]:
                     raise  # another rank may have had enough, and be in the middle of a step
                 print(f"{batch} x {context} {mode}: does not fit", file=sys.stderr)
                 continue
+            row["weights"] = options.quantize or "bfloat16"
             if options.warm_start and tp.size() == 1 and shape == options.shapes[0]:
                 row["warm_start_s"] = warm_start(options, shape, mode)
             rows.append(row)
@@ -286,7 +289,8 @@ def warm_start(options: argparse.Namespace, shape: str, mode: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         subprocess.run([sys.executable, __file__, "decode", "--model", options.model, "--shapes", shape, "--attention", mode,
-                        "--sparsity", str(options.sparsity), "--steps", "8", "--no_warm_start", "--json", str(path)],
+                        "--sparsity", str(options.sparsity), "--steps", "8", "--no_warm_start", "--json", str(path),
+                        *(["--quantize", options.quantize] if options.quantize else [])],
                        capture_output=True, check=True)
         return json.loads(path.read_text())["rows"][0]["compile_s"]
 
@@ -565,6 +569,7 @@ def parse_options() -> argparse.Namespace:
                       help="batch x context")
     part.add_argument("--attention", nargs="+", choices=("dense", "hash"), default=["dense", "hash"])
     part.add_argument("--sparsity", type=float, default=32)
+    part.add_argument("--quantize", choices=("int8", "int4"), help="weights of this many bits (int4: groups of 32)")
     part.add_argument("--steps", type=int, default=50)
     part.add_argument("--no_warm_start", dest="warm_start", action="store_false",
                       help="do not start the first shape again in a second process")

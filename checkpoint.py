@@ -6,6 +6,7 @@ error, and so is a tensor that is missing, unknown or of another shape.
 import json
 import math
 import reprlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tqdm import tqdm
 import tp
 from common import UserError
 from model import ModelArgs, RopeScaling, Transformer
+from quant_linear import GROUPSIZES, Quantization, swap_linears
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 FLOAT_TYPES = ("BF16", "F16", "F32", "F64")  # safetensors' names; anything else is a quantised checkpoint
@@ -71,13 +73,15 @@ FIXED_BY_TYPE: dict[str, dict[str, tuple[Any, ...]]] = {
     "qwen2": {"attention_bias": (True, False)},  # means nothing to Qwen2: q, k and v are biased, o is not
 }
 QUANTISED = ("quantization_config", "quantization", "compression_config")
+QUANT_METHOD = "hashfast"  # the quant_method of quantization_config in what quantize.py writes
+INTEGER_TYPES = {torch.int8: "I8", torch.int32: "I32"}
 
 # What load_args reads or checks by itself.
 SHAPE = frozenset("""
     architectures auto_map head_dim hidden_size intermediate_size layer_types max_position_embeddings max_window_layers
     model_type num_attention_heads num_hidden_layers num_key_value_heads original_max_position_embeddings
-    partial_rotary_factor rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings
-    use_sliding_window vocab_size
+    partial_rotary_factor quantization_config rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window
+    tie_word_embeddings use_sliding_window vocab_size
 """.split())
 
 ROPE_COMMON = ("rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
@@ -232,7 +236,7 @@ def _model_type(config: Fields) -> str:
 def _refuse_unsupported(config: Fields, kind: str) -> None:
     """Refuse every field that changes, or might change, what the model computes."""
     for name in QUANTISED:
-        if name in config.values:
+        if name in config.values and _quantization(config) is None:
             raise UserError(f"{name} in {config.where}: quantised checkpoints are not supported; use the model's original one")
     for name, allowed in (FIXED | FIXED_BY_TYPE[kind]).items():
         config.fixed(name, allowed)
@@ -247,6 +251,26 @@ def _refuse_unsupported(config: Fields, kind: str) -> None:
         if name not in HARMLESS | SHAPE | FIXED.keys() | FIXED_BY_TYPE[kind].keys():
             raise UserError(f"unknown field {name!r} in {config.where}; it may change what the model computes: if it does not, "
                             "delete it from the file")
+
+
+def load_quantization(folder: str | Path) -> Quantization | None:
+    """How quantize.py made the model in `folder`; None where it did not. Raises UserError."""
+    path = Path(folder) / "config.json"
+    return _quantization(Fields(_read_json(path), str(path)))
+
+
+def _quantization(config: Fields) -> Quantization | None:
+    if config.mapping("quantization_config").get("quant_method") != QUANT_METHOD:
+        return None
+    fields = Fields(config.mapping("quantization_config"), f"{config.where}, quantization_config")
+    mode = fields.values.get("mode")
+    if mode == "int8":
+        return Quantization(mode)
+    if mode != "int4":
+        raise fields.error("mode", "must be int8 or int4")
+    if (groupsize := fields.whole("groupsize")) not in GROUPSIZES:
+        raise fields.error("groupsize", f"must be one of {', '.join(map(str, GROUPSIZES))}")
+    return Quantization(mode, groupsize)
 
 
 def _sliding_window(config: Fields, kind: str, n_layer: int) -> int | None:
@@ -335,41 +359,71 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: to
     Weights are read from safetensors, one file or many, with or without their index. Raises UserError.
     """
     folder, device = Path(folder), _device(device)
-    args = load_args(folder)
-    files = _weight_files(folder)
-    _check_tensors(_meta_model(args), _places(args), files)
-    args = tp.shard_args(args, tp.size())
-    model = _meta_model(args)
-    places = _places(args)
+    model, places, files = plan_loading(folder)
+    if tp.size() > 1:
+        _refuse_ranks(load_quantization(folder))
+        model = _meta_model(tp.shard_args(model.args, tp.size()))
+        places = _places(model)
     _materialise(model, device, dtype)
     parameters = dict(model.named_parameters())
-    with tqdm(total=len(places), desc="loading", unit="tensor", delay=2, disable=None) as progress:
-        for file in files:
-            with _opened(file) as tensors:
-                for name in tensors.offset_keys():
-                    if name not in places:
-                        continue
-                    place = places[name]
-                    tp.read_part(tensors, name, parameters[place.parameter].narrow(0, place.start, place.rows), tp.rank())
-                    progress.update()
+    for tensors, name in read_tensors(places, files, "loading"):
+        place = places[name]
+        tp.read_part(tensors, name, parameters[place.parameter].narrow(0, place.start, place.rows), tp.rank())
     return tp.parallelize(model)
 
 
+def plan_loading(folder: Path) -> tuple[Transformer, dict[str, Place], list[Path]]:
+    """The model in `folder` without storage, where its tensors go, and the files that hold them, all checked."""
+    args = load_args(folder)
+    files = _weight_files(folder)
+    model = _meta_model(args, load_quantization(folder))
+    places = _places(model)
+    _check_tensors(model, places, files)
+    return model, places, files
+
+
+def read_tensors(places: dict[str, Place], files: list[Path], task: str) -> Iterator[tuple[safe_open, str]]:
+    """Every tensor of `places`, as an open file and its name there, one by one under a progress bar called `task`."""
+    with tqdm(total=len(places), desc=task, unit="tensor", delay=2, disable=None) as progress:
+        for file in files:
+            with _opened(file) as tensors:
+                for name in tensors.offset_keys():
+                    if name in places:
+                        yield tensors, name
+                        progress.update()
+
+
+def _refuse_ranks(quantization: Quantization | None) -> None:
+    if quantization is not None and tp.size() > 1:
+        raise UserError(f"{quantization.mode} weights are not shared out over {tp.size()} ranks; start one, or use the "
+                        "original model")
+
+
 def random_model(preset: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16,
-                 seed: int = 0) -> Transformer:
+                 seed: int = 0, quantization: Quantization | None = None) -> Transformer:
     """A model of random weights in the shape of `preset` (one of PRESETS): normal of deviation 0.02, norms 1.
 
-    The same seed gives the same weights on the same kind of device, and each rank weights of its own. Raises UserError.
+    Quantised weights are random integers, with scales that give the same deviation around 0. The same seed gives the same
+    weights on the same kind of device, and each rank weights of its own. Raises UserError.
     """
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; use one of {', '.join(PRESETS)}")
     device = _device(device)
-    model = _meta_model(tp.shard_args(PRESETS[preset], tp.size()))
+    _refuse_ranks(quantization)
+    model = _meta_model(tp.shard_args(PRESETS[preset], tp.size()), quantization)
     _materialise(model, device, dtype)
     generator = torch.Generator(device).manual_seed(seed + tp.rank())
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)
+        elif parameter.dtype == torch.int8:
+            parameter.random_(-127, 128, generator=generator)
+        elif parameter.dtype == torch.int32:
+            parameter.random_(-2 ** 31, 2 ** 31, generator=generator)
+        elif name.endswith("scale"):  # uniform integers deviate by their range / sqrt 12
+            parameter.fill_(0.02 / (73.6 if parameter.dim() == 1 else 4.6))
+        elif name.endswith("zero"):
+            parameter.fill_(-7.5 * 0.02 / 4.6)
         else:
             parameter.normal_(0.0, 0.02, generator=generator)
     return tp.parallelize(model)
@@ -385,20 +439,30 @@ def _device(device: str | torch.device) -> torch.device:
     return device
 
 
-def _meta_model(args: ModelArgs) -> Transformer:
+def _meta_model(args: ModelArgs, quantization: Quantization | None = None) -> Transformer:
     """The model without storage. Its parameters want no gradient: this project trains encoders beside frozen models."""
     with torch.device("meta"):
-        return Transformer(args).requires_grad_(False).eval()
+        model = Transformer(args).requires_grad_(False).eval()
+    if quantization is not None:
+        swap_linears(model, quantization)
+    return model
 
 
 def _materialise(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
     """Give the parameters of a meta model uninitialised storage. UserError where memory does not suffice."""
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # names a tied parameter once
-    _check_memory(sum(shape.numel() for shape in shapes.values()) * dtype.itemsize, device)
-    empty = {name: torch.empty(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
+    tied = _is_tied(model)
+    parameters = dict(model.named_parameters())  # names a tied parameter once
+    dtypes = {name: dtype if parameter.is_floating_point() else parameter.dtype for name, parameter in parameters.items()}
+    _check_memory(sum(parameter.numel() * dtypes[name].itemsize for name, parameter in parameters.items()), device)
+    empty = {name: torch.empty(parameter.shape, device=device, dtype=dtypes[name]) for name, parameter in parameters.items()}
     model.load_state_dict(empty, strict=False, assign=True)
-    if model.args.tie_embeddings:
+    if tied:
         model.output.weight = model.tok_embeddings.weight
+
+
+def _is_tied(model: Transformer) -> bool:
+    """Whether input and output share one table; a quantised output is a copy of its own."""
+    return model.output.weight is model.tok_embeddings.weight
 
 
 def _check_memory(needed: int, device: torch.device) -> None:
@@ -415,14 +479,15 @@ def _check_memory(needed: int, device: torch.device) -> None:
                         "use a smaller model or dtype, or stop what else runs there")
 
 
-def _places(args: ModelArgs) -> dict[str, Place]:
-    """Every tensor that a checkpoint of this shape must hold, by its name there."""
+def _places(model: Transformer) -> dict[str, Place]:
+    """Every tensor that a checkpoint of this model must hold, by its name there."""
+    args = model.args
     q, kv, ffn = args.n_head * args.head_dim, args.n_kv_head * args.head_dim, args.intermediate_size
     places = {
         "model.embed_tokens.weight": Place("tok_embeddings.weight", 0, args.vocab_rows),
         "model.norm.weight": Place("norm.weight", 0, args.dim),
     }
-    if not args.tie_embeddings:
+    if not _is_tied(model):
         places["lm_head.weight"] = Place("output.weight", 0, args.vocab_rows)
     for i in range(args.n_layer):
         theirs, ours = f"model.layers.{i}.", f"layers.{i}."
@@ -437,6 +502,11 @@ def _places(args: ModelArgs) -> dict[str, Place]:
         places[theirs + "mlp.gate_proj.weight"] = Place(ours + "feed_forward.w13.weight", 0, ffn)
         places[theirs + "mlp.up_proj.weight"] = Place(ours + "feed_forward.w13.weight", ffn, ffn)
         places[theirs + "mlp.down_proj.weight"] = Place(ours + "feed_forward.w2.weight", 0, args.dim)
+    parameters = dict(model.named_parameters())
+    for name, place in list(places.items()):  # what a quantised weight has beside it, row for row
+        for kind in ("scale", "zero"):
+            if (parameter := f"{place.parameter.removesuffix('weight')}{kind}") in parameters:
+                places[f"{name.removesuffix('weight')}{kind}"] = Place(parameter, place.start, place.rows)
     return places
 
 
@@ -475,10 +545,11 @@ def _opened(file: Path) -> safe_open:
 
 def _check_tensors(model: Transformer, places: dict[str, Place], files: list[Path]) -> None:
     """Compare the headers of `files` with what the model needs, before memory is taken."""
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    wanted = {name: [place.rows, *shapes[place.parameter][1:]] for name, place in places.items()}
+    parameters = dict(model.named_parameters())
+    wanted = {name: [place.rows, *parameters[place.parameter].shape[1:]] for name, place in places.items()}
+    types = {name: INTEGER_TYPES.get(parameters[place.parameter].dtype) for name, place in places.items()}
     # A tied model may be saved with its output weights all the same.
-    checked = wanted | {"lm_head.weight": wanted["model.embed_tokens.weight"]}
+    checked = {"lm_head.weight": wanted["model.embed_tokens.weight"]} | wanted
     seen: dict[str, str] = {}
     extra = []
     for file in files:
@@ -492,7 +563,11 @@ def _check_tensors(model: Transformer, places: dict[str, Place], files: list[Pat
                     if header.get_shape() != checked[name]:
                         raise UserError(f"tensor {name} in {file} is {header.get_shape()}, but config.json makes it "
                                         f"{checked[name]}; take both from the same model")
-                    if header.get_dtype() not in FLOAT_TYPES:
+                    if integer := types.get(name):
+                        if header.get_dtype() != integer:
+                            raise UserError(f"tensor {name} in {file} is {header.get_dtype()}, but quantization_config "
+                                            f"makes it {integer}; run quantize.py again")
+                    elif header.get_dtype() not in FLOAT_TYPES:
                         raise UserError(f"tensor {name} in {file} is {header.get_dtype()}: quantised checkpoints are not "
                                         "supported; use the model's original one")
                 elif not name.endswith("rotary_emb.inv_freq"):  # old checkpoints keep what the config says already

@@ -244,7 +244,7 @@ def bytes_per_step(model: Transformer, settings: SparseSettings | None, length: 
     """Bytes that one decode step must read at a cache of `length`: weights once, K, V and signatures per sequence."""
     args, weight = model.args, model.tok_embeddings.weight
     weights = weight_bytes(model)
-    if not args.tie_embeddings:
+    if all(p is not weight for p in model.output.parameters()):
         weights -= weight.numel() * weight.element_size()  # of the input table a step reads one row
     row = 2 * args.n_kv_head * args.head_dim * weight.element_size()  # K and V of one token, without share="query"
     signatures = 0

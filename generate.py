@@ -50,6 +50,7 @@ from decode import (
 )
 from hash_attention import HashConfig, load_signatures, random_encoders
 from model import SparseSettings, Transformer
+from quant_linear import Quantization
 from speculate import Speculator
 from tokenizer import TextStream, Tokenizer
 
@@ -257,6 +258,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint_path", type=Path, help="folder with config.json, safetensors and the tokenizer")
     add("--random_weights", metavar="PRESET", help=f"no checkpoint, random weights, for latency: {', '.join(PRESETS)}")
+    add("--quantize", choices=("int8", "int4"), help="of --random_weights; quantize.py is for checkpoints")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", type=int_or_str, default="Hello, my name is", help="text, or how many random tokens")
     prompts.add_argument("--prompt_file", type=Path, help="a text file")
@@ -311,6 +313,8 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
 
     if (options.checkpoint_path is None) == (options.random_weights is None):
         raise UserError("give either --checkpoint_path FOLDER or --random_weights PRESET")
+    if options.quantize is not None and options.random_weights is None:
+        raise UserError("--quantize is for --random_weights; make a quantised folder with quantize.py and load that")
     if isinstance(options.max_seq_length, str) and options.max_seq_length != "auto":
         raise UserError(f"--max_seq_length {options.max_seq_length} is neither a number nor auto")
     options.lines = read_lines(options.prompts) if options.prompts is not None else []
@@ -602,7 +606,8 @@ def main() -> None:
     torch.manual_seed(options.seed)
     dtype = getattr(torch, options.precision)
     if options.random_weights is not None:
-        model = random_model(options.random_weights, options.device, dtype, options.seed)
+        quantization = Quantization(options.quantize) if options.quantize else None
+        model = random_model(options.random_weights, options.device, dtype, options.seed, quantization)
     else:
         model = load_model(options.checkpoint_path, options.device, dtype)
     if options.device.startswith("cuda"):

@@ -1,0 +1,288 @@
+"""Triton kernels of products with quantised weights. quant_linear.py holds the formats and the definitions (`*_reference`).
+
+int8_linear, int4_linear   1 to 16 rows: read the weights once, dequantise in registers    one kernel, or two where K is split
+dequantize_int4            the weights in full, for prompts                                one kernel
+
+One row is a sum along each output's weights; more rows go through tensor cores. Neither uses atomics: the same input gives the
+same bits. Custom ops, as those of hash_kernels.py, which says what that is good for. Weights wait for no other kernel, so the
+first ones are on their way before the kernel before this one has finished.
+"""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hash_kernels import DEPENDENT_LAUNCH, after_previous
+
+# ------------------------------------------------------------------------------------------------------ launch parameters
+
+# First guesses, by counting: a multiprocessor needs some 30 KB of loads on the way, and a narrow product few outputs a program.
+
+def _row_parameters(N: int, units: int) -> dict[str, int]:
+    """One row of `units` blocks of inputs, 32 of int4 or 16 of int8. block_n: outputs of a program.  block_u: blocks."""
+    return {"block_n": 4 if N <= 8192 else 8, "block_u": min(128, triton.next_power_of_2(units)), "num_warps": 4}
+
+
+def _dot_parameters(N: int, K: int, block_k: int) -> dict[str, int]:
+    """Several rows. block_k: inputs at a time.  n_splits: programs that share an output block's inputs."""
+    block_n = 32
+    n_splits = max(1, min(triton.cdiv(K, block_k), 528 // triton.cdiv(N, block_n)))
+    return {"block_n": block_n, "block_k": block_k, "n_splits": n_splits, "num_warps": 4, "num_stages": 4}
+
+
+def _precision(x: Tensor) -> str:
+    """float32 is multiplied as float32, as in attention_kernels.py."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+# --------------------------------------------------------------------------------------------------------------- one row
+
+@triton.jit
+def _int8_row_kernel(x, weight, scale, out, N, K, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
+    """x [K], weight [N, K] -> out [N]. A thread takes 16 neighbouring inputs of an output."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = 16 * tl.arange(0, BLOCK_U)[None, :, None] + tl.arange(0, 16)[None, None, :]
+    row = n[:, None, None]
+    weight += row.to(tl.int64) * K + k
+    w = tl.load(weight, mask=(row < N) & (k < K), other=0)
+    after_previous()
+    total = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
+    for first in range(0, K, 16 * BLOCK_U):
+        beyond = first + 16 * BLOCK_U
+        following = tl.load(weight + beyond, mask=(row < N) & (beyond + k < K), other=0)
+        inputs = tl.load(x + first + k, mask=first + k < K, other=0.0).to(tl.float32)
+        total += tl.sum(w.to(tl.float32) * inputs, axis=2)
+        w = following
+    value = tl.sum(total, axis=1) * tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out + n, value.to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _int4_row_kernel(x, weight, scale, zero, out, N, K, GROUPSIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
+    """x [K], weight [N, K / 8] -> out [N]. A thread takes a block of 32 inputs of an output: four words, one group.
+
+    A weight never becomes an integer of its own: its four bits are put into the mantissa of 1.0, at bit 15 or 19, which makes
+    1 + q / 256 or 1 + q / 16. Inputs times 256 or 16 then sum to x q plus what the ones add, which every output shares.
+    Taking that away again costs 8 of float32's 24 bits: a relative error of a few 2^-16, below the rounding of the result in
+    any narrower type.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    unit = tl.arange(0, BLOCK_U)[None, :]
+    block = unit[:, :, None]
+    word = tl.arange(0, 4)[None, None, :]
+    row = n[:, None, None]
+    units = K // 32
+    weight += row.to(tl.int64) * (4 * units) + 4 * block + word
+    pair = n[:, None].to(tl.int64) * (K // GROUPSIZE)
+    w = tl.load(weight, mask=(row < N) & (block < units), other=0)
+    after_previous()
+    total = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
+    for first in range(0, units, BLOCK_U):
+        beyond = first + BLOCK_U
+        following = tl.load(weight + 4 * beyond, mask=(row < N) & (beyond + block < units), other=0)
+        group = pair + (first + unit) // (GROUPSIZE // 32)
+        valid = (n[:, None] < N) & (first + unit < units)
+        s = tl.load(scale + group, mask=valid, other=0.0).to(tl.float32)
+        z = tl.load(zero + group, mask=valid, other=0.0).to(tl.float32)
+        products = tl.zeros([BLOCK_N, BLOCK_U, 4], tl.float32)
+        ones = tl.zeros([1, BLOCK_U, 4], tl.float32)
+        inputs = tl.zeros([1, BLOCK_U, 4], tl.float32)
+        for i in tl.static_range(0, 8, 2):
+            bits = w << (15 - 4 * i) if i < 4 else w >> (4 * i - 15)
+            for odd in tl.static_range(2):
+                value = tl.load(x + 32 * (first + block) + 4 * (i + odd) + word, mask=first + block < units,
+                                other=0.0).to(tl.float32)
+                large = value * (16.0 if odd else 256.0)
+                mantissa = (bits & (15 << 19 if odd else 15 << 15)) | 0x3F800000
+                products += mantissa.to(tl.float32, bitcast=True) * large
+                ones += large
+                inputs += value
+        total += s * (tl.sum(products, axis=2) - tl.sum(ones, axis=2)) + z * tl.sum(inputs, axis=2)
+        w = following
+    tl.store(out + n, tl.sum(total, axis=1).to(out.dtype.element_ty), mask=n < N)
+
+
+# ---------------------------------------------------------------------------------------------------------- several rows
+
+@triton.jit
+def _store_tile(partial, acc, split, n, M, N):
+    """acc [16, BLOCK_N] to partial [splits, M, N]."""
+    m = tl.arange(0, 16)[:, None]
+    at = (split * M + m).to(tl.int64) * N + n[None, :]
+    tl.store(partial + at, acc.to(partial.dtype.element_ty), mask=(m < M) & (n[None, :] < N))
+
+
+@triton.jit
+def _int8_dot_kernel(x, weight, scale, partial, M, N, K, k_per_split, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                     PRECISION: tl.constexpr):
+    """x [M, K], weight [N, K] -> partial [splits, M, N]."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    m = tl.arange(0, 16)[:, None]
+    column = tl.arange(0, BLOCK_K)
+    start = split * k_per_split
+    stop = tl.minimum(start + k_per_split, K)
+    weight += n.to(tl.int64)[None, :] * K
+    factor = tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)
+    acc = tl.zeros([16, BLOCK_N], tl.float32)
+    after_previous()
+    for first in range(start, stop, BLOCK_K):
+        k = first + column
+        w = tl.load(weight + k[:, None], mask=(n < N)[None, :] & (k < stop)[:, None], other=0)
+        inputs = tl.load(x + m * K + k[None, :], mask=(m < M) & (k < stop)[None, :], other=0.0)
+        acc = tl.dot(inputs, w.to(inputs.dtype), acc, input_precision=PRECISION)
+    _store_tile(partial, acc * factor[None, :], split, n, M, N)
+
+
+@triton.jit
+def _int4_dot_kernel(x, weight, scale, zero, partial, M, N, K, words_per_split, GROUPSIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+                     BLOCK_W: tl.constexpr, PRECISION: tl.constexpr):
+    """x [M, K], weight [N, K / 8] -> partial [splits, M, N]. A word's eight weights go into eight products."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    m = tl.arange(0, 16)[:, None]
+    start = split * words_per_split
+    stop = tl.minimum(start + words_per_split, K // 8)
+    weight += n.to(tl.int64)[None, :] * (K // 8)
+    pair = n.to(tl.int64)[None, :] * (K // GROUPSIZE)
+    acc = tl.zeros([16, BLOCK_N], tl.float32)
+    after_previous()
+    for first in range(start, stop, BLOCK_W):
+        word = first + tl.arange(0, BLOCK_W)
+        valid = (n < N)[None, :] & (word < stop)[:, None]
+        w = tl.load(weight + word[:, None], mask=valid, other=0)
+        group = pair + (word // (GROUPSIZE // 8))[:, None]
+        s = tl.load(scale + group, mask=valid, other=0.0).to(tl.float32)
+        z = tl.load(zero + group, mask=valid, other=0.0).to(tl.float32)
+        k = (word // 4 * 32 + word % 4)[None, :]
+        for i in tl.static_range(8):
+            inputs = tl.load(x + m * K + k + 4 * i, mask=(m < M) & (word < stop)[None, :], other=0.0)
+            values = ((w >> 4 * i) & 15).to(tl.float32) * s + z
+            acc = tl.dot(inputs, values.to(inputs.dtype), acc, input_precision=PRECISION)
+    _store_tile(partial, acc, split, n, M, N)
+
+
+def _partial(x: Tensor, N: int, n_splits: int) -> Tensor:
+    """[splits, M, N] for what the splits of a product find: float32, unless there is one and it is the result."""
+    return torch.empty((n_splits, len(x), N), dtype=x.dtype if n_splits == 1 else torch.float32, device=x.device)
+
+
+def _summed(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    return partial[0] if len(partial) == 1 else partial.sum(dim=0).to(dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------- functions
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """`quant_linear.int8_linear_reference`: x [M, K], M <= 16, int8 [N, K], scale [N] -> [M, N]."""
+    return _int8_linear(x.contiguous(), weight, scale)
+
+
+@torch.library.custom_op("hashfast::int8_linear", mutates_args=())
+def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    N, K = weight.shape
+    if len(x) == 1:
+        return _launch_int8_row(x, weight, scale, **_row_parameters(N, triton.cdiv(K, 16)))
+    return _launch_int8_dot(x, weight, scale, **_dot_parameters(N, K, block_k=128))
+
+
+@_int8_linear.register_fake
+def _(x, weight, scale):
+    return x.new_empty(len(x), len(weight))
+
+
+def _launch_int8_row(x: Tensor, weight: Tensor, scale: Tensor, *, block_n: int, block_u: int, num_warps: int) -> Tensor:
+    N, K = weight.shape
+    out = torch.empty((1, N), dtype=x.dtype, device=x.device)
+    _int8_row_kernel[(triton.cdiv(N, block_n),)](x, weight, scale, out, N, K, BLOCK_N=block_n, BLOCK_U=block_u,
+                                                 num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
+    return out
+
+
+def _launch_int8_dot(x: Tensor, weight: Tensor, scale: Tensor, *, block_n: int, block_k: int, n_splits: int, num_warps: int,
+                     num_stages: int) -> Tensor:
+    N, K = weight.shape
+    partial = _partial(x, N, n_splits)
+    per_split = triton.cdiv(triton.cdiv(K, block_k), n_splits) * block_k
+    _int8_dot_kernel[(triton.cdiv(N, block_n), n_splits)](
+        x, weight, scale, partial, len(x), N, K, per_split, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION=_precision(x),
+        num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT_LAUNCH)
+    return _summed(partial, x.dtype)
+
+
+def int4_linear(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """`quant_linear.int4_linear_reference`.
+
+    x [M, K], M <= 16, int32 [N, K / 8], scale and zero [N, K / groupsize] -> [M, N].
+    """
+    return _int4_linear(x.contiguous(), weight, scale, zero)
+
+
+@torch.library.custom_op("hashfast::int4_linear", mutates_args=())
+def _int4_linear(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    M, K = x.shape
+    if M == 1:
+        return _launch_int4_row(x, weight, scale, zero, **_row_parameters(len(weight), K // 32))
+    return _launch_int4_dot(x, weight, scale, zero, **_dot_parameters(len(weight), K, block_k=256))
+
+
+@_int4_linear.register_fake
+def _(x, weight, scale, zero):
+    return x.new_empty(len(x), len(weight))
+
+
+def _launch_int4_row(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, *, block_n: int, block_u: int,
+                     num_warps: int) -> Tensor:
+    N, K = len(weight), x.shape[1]
+    out = torch.empty((1, N), dtype=x.dtype, device=x.device)
+    _int4_row_kernel[(triton.cdiv(N, block_n),)](
+        x, weight, scale, zero, out, N, K, GROUPSIZE=K // scale.shape[1], BLOCK_N=block_n, BLOCK_U=block_u,
+        num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
+    return out
+
+
+def _launch_int4_dot(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, *, block_n: int, block_k: int, n_splits: int,
+                     num_warps: int, num_stages: int) -> Tensor:
+    N, K = len(weight), x.shape[1]
+    partial = _partial(x, N, n_splits)
+    block_w = block_k // 8
+    per_split = triton.cdiv(triton.cdiv(K // 8, block_w), n_splits) * block_w
+    _int4_dot_kernel[(triton.cdiv(N, block_n), n_splits)](
+        x, weight, scale, zero, partial, len(x), N, K, per_split, GROUPSIZE=K // scale.shape[1], BLOCK_N=block_n,
+        BLOCK_W=block_w, PRECISION=_precision(x), num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT_LAUNCH)
+    return _summed(partial, x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ dequantise
+
+@triton.jit
+def _dequantize_kernel(weight, scale, zero, out, words, GROUPSIZE: tl.constexpr, BLOCK_W: tl.constexpr):
+    """weight [N, words] -> out [N, 8 words]."""
+    n = tl.program_id(0).to(tl.int64)
+    word = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    after_previous()
+    w = tl.load(weight + n * words + word, mask=word < words, other=0)
+    group = n * (8 * words // GROUPSIZE) + word // (GROUPSIZE // 8)
+    s = tl.load(scale + group, mask=word < words, other=0.0).to(tl.float32)
+    z = tl.load(zero + group, mask=word < words, other=0.0).to(tl.float32)
+    out += n * (8 * words) + word // 4 * 32 + word % 4
+    for i in tl.static_range(8):
+        value = ((w >> 4 * i) & 15).to(tl.float32) * s + z
+        tl.store(out + 4 * i, value.to(out.dtype.element_ty), mask=word < words)
+
+
+@torch.library.custom_op("hashfast::dequantize_int4", mutates_args=())
+def dequantize_int4(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """`quant_linear.dequantize_int4`: int32 [N, K / 8], scale and zero [N, K / groupsize] -> [N, K] of scale's dtype."""
+    N, words = weight.shape
+    out = torch.empty((N, 8 * words), dtype=scale.dtype, device=weight.device)
+    block_w = min(512, triton.next_power_of_2(words))
+    _dequantize_kernel[(N, triton.cdiv(words, block_w))](
+        weight, scale, zero, out, words, GROUPSIZE=8 * words // scale.shape[1], BLOCK_W=block_w, num_warps=4,
+        launch_pdl=DEPENDENT_LAUNCH)
+    return out
+
+
+@dequantize_int4.register_fake
+def _(weight, scale, zero):
+    return scale.new_empty(len(weight), 8 * weight.shape[1])
