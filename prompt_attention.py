@@ -106,7 +106,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tenso
 def _triton(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     import attention_kernels
     out, lse = attention_kernels.chunk_attention(q.transpose(1, 2), k, v, causal)
-    return out.transpose(1, 2), lse.transpose(1, 2)
+    return out.transpose(1, 2), lse.transpose(1, 2).contiguous()
 
 
 KERNELS = {"cpu": _cpu, "cudnn": _cudnn, "flash": _flash, "triton": _triton}
