@@ -183,10 +183,15 @@ def _launch_sparse(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor,
         scale * 1.4426950408889634, K, n_splits, triton.cdiv(triton.cdiv(K, block_k), n_splits),  # scores in base 2: log2 e
         *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
         HEADS=HEADS, HEADS_PER_KV=HEADS // k_cache.shape[1], G=G, D=D, BLOCK_G=max(16, triton.next_power_of_2(G)),
-        BLOCK_K=block_k, BLOCK_D=triton.next_power_of_2(D), PRECISION=_precision(q),
+        BLOCK_K=block_k, BLOCK_D=_block_d(D), PRECISION=_precision(q),
         num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT_LAUNCH)
     _combine(partial, partial_lse, out, lse, n_splits)
     return out, lse
+
+
+def _block_d(D: int) -> int:
+    """Channels of a tile: tensor cores take no fewer than 16."""
+    return max(16, triton.next_power_of_2(D))
 
 
 def _precision(q: Tensor) -> str:
@@ -295,7 +300,7 @@ def _launch_dense(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor,
         checked_rows(q), checked_rows(k_cache), checked_rows(v_cache), seq_lens, partial, partial_lse,
         scale * 1.4426950408889634, T, n_splits,  # scores in base 2: log2 e
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        HKV=HKV, G=G, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=triton.next_power_of_2(D), CAUSAL=causal,
+        HKV=HKV, G=G, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=_block_d(D), CAUSAL=causal,
         PRECISION=_precision(q), num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT_LAUNCH)
     _combine(partial, partial_lse, out, lse, n_splits)
     return out, lse

@@ -411,7 +411,9 @@ def test_a_round_is_one_graph_launch_and_no_synchronisation(sampling):
     calls = {event.key: event.count for event in profiler.key_averages()}
     assert calls["cudaGraphLaunch"] == 10
     assert calls.get("cudaStreamSynchronize", 0) == 0
-    assert not any("LaunchKernel" in name for name in calls)
+    # a graph that draws is handed the random generator's seed and offset before each replay
+    launches = sum(count for name, count in calls.items() if "LaunchKernel" in name)
+    assert launches == 0 if sampling.greedy else launches <= 2 * 10
 
 
 @gpu_only
