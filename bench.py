@@ -262,7 +262,7 @@ def decode(options: argparse.Namespace) -> list[dict]:
     quantization = Quantization(options.quantize) if options.quantize else None
     model = random_model(options.model, "cuda", torch.bfloat16, quantization=quantization)
     bandwidth = copy_bandwidth()
-    if options.one_shot:
+    if tp.size() > 1 and not options.nccl:
         batch = max(int(shape.split("x")[0]) for shape in options.shapes)
         tp.use_one_shot(batch * model.args.dim, torch.bfloat16)
     rows = []
@@ -573,7 +573,7 @@ def parse_options() -> argparse.Namespace:
     part.add_argument("--steps", type=int, default=50)
     part.add_argument("--no_warm_start", dest="warm_start", action="store_false",
                       help="do not start the first shape again in a second process")
-    part.add_argument("--one_shot", action="store_true", help="between ranks: an all-reduce through peer memory, not NCCL")
+    part.add_argument("--nccl", action="store_true", help="between ranks: all-reduces by NCCL, to compare with")
     part.add_argument("--json", type=Path)
     part.set_defaults(run=decode)
     part = commands.add_parser("speculate", help="rounds of self-speculative decoding")

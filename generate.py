@@ -78,6 +78,9 @@ class Session:
                  settings: SparseSettings | None, encoders: list | None, draft: Transformer | None = None) -> None:
         self.options, self.model, self.tokenizer, self.length, self.settings = options, model, tokenizer, length, settings
         drafter, rows = draft or model, length + (options.speculate_k or 0)
+        if tp.size() > 1 and options.device == "cuda":
+            tokens = options.batch_size * (1 + (options.speculate_k or 0))
+            tp.use_one_shot(tokens * model.args.dim, model.norm.weight.dtype)
         if draft is not None:
             model.setup_caches(options.batch_size, rows)
         drafter.setup_caches(options.batch_size, rows, encoders, settings)
