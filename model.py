@@ -25,6 +25,7 @@ from hash_attention import (
     select_tokens,
     sparse_attention,
 )
+from linear import linear, rms_norm
 from prompt_attention import causal_attention
 
 
@@ -125,9 +126,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class FeedForward(nn.Module):
@@ -136,11 +135,9 @@ class FeedForward(nn.Module):
         self.w13 = nn.Linear(args.dim, 2 * args.intermediate_size, bias=False)
         self.w2 = nn.Linear(args.intermediate_size, args.dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        hidden = F.silu(gate) * up
-        # as_strided makes Inductor store `hidden`: inlined into w2's product, it would be computed again for every output
-        return self.w2(hidden.as_strided(hidden.shape, hidden.stride()))
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """x plus what the layer makes of it, normalised. [B, T, d] -> [B, T, d]."""
+        return linear(linear(x, self.w13, norm, gated=True), self.w2, residual=x)
 
 
 class Attention(nn.Module):
@@ -166,11 +163,12 @@ class Attention(nn.Module):
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
 
-    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, seq_lens: Tensor) -> Tensor:
-        """Append and attend at device-known lengths. x [B, T, d], cos and sin [B, T, D / 2] -> [B, T, Hq, D]."""
+    def decode(self, qkv: Tensor, cos: Tensor, sin: Tensor, seq_lens: Tensor) -> Tensor:
+        """Append and attend at device-known lengths. qkv as wqkv gives it [B, T, (Hq + 2 Hkv) D], cos and sin [B, T, D / 2]
+        -> [B, T, Hq, D]."""
         cache = self.cache
-        q, planes = rope_encode_append(self.wqkv(x), cos, sin, self.encoder, cache.k, cache.v, cache.signatures, seq_lens)
-        if x.shape[1] > 1 or self.sparse is None and self.selector is None:  # drafted tokens to verify attend to everything
+        q, planes = rope_encode_append(qkv, cos, sin, self.encoder, cache.k, cache.v, cache.signatures, seq_lens)
+        if qkv.shape[1] > 1 or self.sparse is None and self.selector is None:  # drafted tokens to verify attend to everything
             return dense_attention(q, cache.k, cache.v, seq_lens)[0]
         if self.selector is not None:
             indices = self.selector(q[:, 0], cache.k, seq_lens)
@@ -195,7 +193,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seq_lens: Tensor) -> Tensor:
         """One decode step of this layer. x [B, T, d], cos and sin [B, T, D / 2], seq_lens int32 [B] -> [B, T, d]."""
-        return self.finish(x, self.attention.decode(self.attention_norm(x), cos, sin, seq_lens))
+        qkv = linear(x, self.attention.wqkv, self.attention_norm)
+        return self.finish(x, self.attention.decode(qkv, cos, sin, seq_lens))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What a prompt chunk needs of this layer before attention: q, k, v as `Attention.project` gives them, signatures."""
@@ -204,8 +203,8 @@ class TransformerBlock(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection and feed-forward with their residuals. x [B, T, d], attended [B, T, Hq, D] -> [B, T, d]."""
-        x = x + self.attention.wo(attended.flatten(2))
-        return x + self.feed_forward(self.ffn_norm(x))
+        x = linear(attended.flatten(2), self.attention.wo, residual=x)
+        return self.feed_forward(x, self.ffn_norm)
 
 
 class Transformer(nn.Module):
@@ -299,7 +298,7 @@ class Transformer(nn.Module):
         return self.tok_embeddings(tokens), *self.rope(positions)
 
     def logits(self, x: Tensor) -> Tensor:
-        return self.output(self.norm(x))
+        return linear(x, self.output, self.norm)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [B, T] -> cos and sin float32 [B, T, D / 2]."""

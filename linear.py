@@ -1,0 +1,46 @@
+"""Linear layers of a decode step together with the norm before and the activation or residual after them.
+
+Plain PyTorch on a CPU, for prompts, and for layers that are quantised or divided among ranks; one Triton kernel each
+(linear_kernels.py) for the few rows of a step on a GPU.
+
+Symbols: K inputs, N outputs.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weight
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float, residual: Tensor | None,
+                     gated: bool) -> Tensor:
+    """residual + norm(x) W^T + bias; where gated, silu of the first half of the outputs times the second half instead.
+
+    x [..., K], weight [N, K] ([2 N, K] where gated), bias [N], norm [K] (RMSNorm's weight), residual [..., N] -> [..., N].
+    bias, norm and residual may be None.
+    """
+    out = F.linear(x if norm is None else rms_norm(x, norm, eps), weight, bias)
+    if gated:
+        gate, up = out.chunk(2, dim=-1)
+        out = F.silu(gate) * up
+    return out if residual is None else residual + out
+
+
+def linear(x: Tensor, layer: nn.Module, norm: nn.Module | None = None, residual: Tensor | None = None,
+           gated: bool = False) -> Tensor:
+    """`linear_reference` of a layer and the RMSNorm before it, by one kernel where it is a step's on a GPU."""
+    if x.is_cuda and type(layer) is nn.Linear and x.numel() // x.shape[-1] <= 16:
+        import linear_kernels
+        weight, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
+        return linear_kernels.linear(x, layer.weight, layer.bias, weight, eps, residual, gated)
+    out = layer(x if norm is None else norm(x))
+    if gated:
+        gate, up = out.chunk(2, dim=-1)
+        hidden = F.silu(gate) * up
+        # as_strided makes Inductor store `hidden`: inlined into the next product, it would be computed again for every output
+        out = hidden.as_strided(hidden.shape, hidden.stride())
+    return out if residual is None else residual + out
