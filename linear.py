@@ -1,7 +1,7 @@
 """Linear layers of a decode step together with the norm before and the activation or residual after them.
 
 Plain PyTorch on a CPU, for prompts, and for layers that are quantised or divided among ranks; one Triton kernel each
-(linear_kernels.py) for the few rows of a step on a GPU.
+(linear_kernels.py) for a step of one sequence on a GPU. Of more rows cuBLAS is as fast.
 
 Symbols: K inputs, N outputs.
 """
@@ -32,8 +32,8 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tenso
 
 def linear(x: Tensor, layer: nn.Module, norm: nn.Module | None = None, residual: Tensor | None = None,
            gated: bool = False) -> Tensor:
-    """`linear_reference` of a layer and the RMSNorm before it, by one kernel where it is a step's on a GPU."""
-    if x.is_cuda and type(layer) is nn.Linear and x.numel() // x.shape[-1] <= 16:
+    """`linear_reference` of a layer and the RMSNorm before it, by one kernel where x is one row on a GPU."""
+    if x.is_cuda and type(layer) is nn.Linear and x.numel() == x.shape[-1]:
         import linear_kernels
         weight, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
         return linear_kernels.linear(x, layer.weight, layer.bias, weight, eps, residual, gated)
