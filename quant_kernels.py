@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hash_kernels import DEPENDENT_LAUNCH, after_previous
+from hash_kernels import DEPENDENT_LAUNCH, INTERPRETED, after_previous
 
 # ------------------------------------------------------------------------------------------------------ launch parameters
 
@@ -38,68 +38,117 @@ def _precision(x: Tensor) -> str:
 # --------------------------------------------------------------------------------------------------------------- one row
 
 @triton.jit
+def _int8_mantissas(w):
+    """int8 w -> float32 1.5 + w / 256: the byte, its sign turned round, in the mantissa of 1.0 at bit 15.
+
+    Two instructions where a conversion takes the time of four.
+    """
+    if INTERPRETED:
+        return 1.5 + w.to(tl.float32) / 256
+    else:
+        return tl.inline_asm_elementwise("""{
+            .reg .b32 a, b, c, d;
+            shl.b32 a, $4, 15;
+            shl.b32 b, $4, 7;
+            shr.u32 c, $4, 1;
+            shr.u32 d, $4, 9;
+            lop3.b32 $0, a, 0x7F8000, 0x3FC00000, 0x6A;
+            lop3.b32 $1, b, 0x7F8000, 0x3FC00000, 0x6A;
+            lop3.b32 $2, c, 0x7F8000, 0x3FC00000, 0x6A;
+            lop3.b32 $3, d, 0x7F8000, 0x3FC00000, 0x6A;
+            }""", "=r,=r,=r,=r,r", [w], dtype=tl.float32, is_pure=True, pack=4)
+
+
+@triton.jit
+def _int4_mantissas(w):
+    """int32 w -> its 4-bit integers q as eight float32, 1 + q / 256 and 1 + q / 16 in turn: in the mantissa of 1.0 at bit 15
+    or 19, so that one shift serves two."""
+    if INTERPRETED:
+        even, odd = 15 << 15, 15 << 19
+        one = 0x3F800000
+        a, b, c, d = w << 15, w << 7, w >> 1, w >> 9
+        return (((a & even) | one).to(tl.float32, bitcast=True), ((a & odd) | one).to(tl.float32, bitcast=True),
+                ((b & even) | one).to(tl.float32, bitcast=True), ((b & odd) | one).to(tl.float32, bitcast=True),
+                ((c & even) | one).to(tl.float32, bitcast=True), ((c & odd) | one).to(tl.float32, bitcast=True),
+                ((d & even) | one).to(tl.float32, bitcast=True), ((d & odd) | one).to(tl.float32, bitcast=True))
+    else:
+        return tl.inline_asm_elementwise("""{
+            .reg .b32 a, b, c, d;
+            shl.b32 a, $8, 15;
+            shl.b32 b, $8, 7;
+            shr.u32 c, $8, 1;
+            shr.u32 d, $8, 9;
+            lop3.b32 $0, a, 0x078000, 0x3F800000, 0xEA;
+            lop3.b32 $1, a, 0x780000, 0x3F800000, 0xEA;
+            lop3.b32 $2, b, 0x078000, 0x3F800000, 0xEA;
+            lop3.b32 $3, b, 0x780000, 0x3F800000, 0xEA;
+            lop3.b32 $4, c, 0x078000, 0x3F800000, 0xEA;
+            lop3.b32 $5, c, 0x780000, 0x3F800000, 0xEA;
+            lop3.b32 $6, d, 0x078000, 0x3F800000, 0xEA;
+            lop3.b32 $7, d, 0x780000, 0x3F800000, 0xEA;
+            }""", "=r,=r,=r,=r,=r,=r,=r,=r,r", [w], dtype=(tl.float32,) * 8, is_pure=True, pack=1)
+
+
+@triton.jit
 def _int8_row_kernel(x, weight, scale, out, N, K, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
-    """x [K], weight [N, K] -> out [N]. A thread takes 16 neighbouring inputs of an output."""
+    """x [K], weight [N, K] -> out [N]. A thread takes 16 neighbouring inputs of BLOCK_N outputs."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = 16 * tl.arange(0, BLOCK_U)[None, :, None] + tl.arange(0, 16)[None, None, :]
-    row = n[:, None, None]
-    weight += row.to(tl.int64) * K + k
-    w = tl.load(weight, mask=(row < N) & (k < K), other=0)
+    weight += tl.minimum(n, N - 1).to(tl.int64)[:, None, None] * K + k
+    w = tl.load(weight, mask=k < K, other=0)
+    s = tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)
     after_previous()
     total = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
     for first in range(0, K, 16 * BLOCK_U):
         beyond = first + 16 * BLOCK_U
-        following = tl.load(weight + beyond, mask=(row < N) & (beyond + k < K), other=0)
+        following = tl.load(weight + beyond, mask=beyond + k < K, other=0)
         inputs = tl.load(x + first + k, mask=first + k < K, other=0.0).to(tl.float32)
-        total += tl.sum(w.to(tl.float32) * inputs, axis=2)
+        total += tl.sum(_int8_mantissas(w) * inputs, axis=2) - 1.5 * tl.sum(inputs, axis=2)
         w = following
-    value = tl.sum(total, axis=1) * tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(out + n, value.to(out.dtype.element_ty), mask=n < N)
+    tl.store(out + n, (256 * s * tl.sum(total, axis=1)).to(out.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
 def _int4_row_kernel(x, weight, scale, zero, out, N, K, GROUPSIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
-    """x [K], weight [N, K / 8] -> out [N]. A thread takes a block of 32 inputs of an output: four words, one group.
+    """x [K], weight [N, K / 8] -> out [N]. A thread takes a block of 32 inputs of BLOCK_N outputs: four words, one group each.
 
-    A weight never becomes an integer of its own: its four bits are put into the mantissa of 1.0, at bit 15 or 19, which makes
-    1 + q / 256 or 1 + q / 16. Inputs times 256 or 16 then sum to x q plus what the ones add, which every output shares.
-    Taking that away again costs 8 of float32's 24 bits: a relative error of a few 2^-16, below the rounding of the result in
-    any narrower type.
+    Inputs times `_int4_mantissas` sum to x q plus what the ones add, which every output shares and sums begin without.
+    That costs 8 of float32's 24 bits: a relative error of a few 2^-16, below the rounding of the result in any narrower type.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
     unit = tl.arange(0, BLOCK_U)[None, :]
-    block = unit[:, :, None]
     word = tl.arange(0, 4)[None, None, :]
-    row = n[:, None, None]
     units = K // 32
-    weight += row.to(tl.int64) * (4 * units) + 4 * block + word
-    pair = n[:, None].to(tl.int64) * (K // GROUPSIZE)
-    w = tl.load(weight, mask=(row < N) & (block < units), other=0)
+    weight += row[:, :, None] * (4 * units) + 4 * unit[:, :, None] + word
+    scale += row * (K // GROUPSIZE)
+    zero += row * (K // GROUPSIZE)
+    w = tl.load(weight, mask=unit[:, :, None] < units, other=0)
+    s = tl.load(scale + unit // (GROUPSIZE // 32), mask=unit < units, other=0.0)
+    z = tl.load(zero + unit // (GROUPSIZE // 32), mask=unit < units, other=0.0)
     after_previous()
-    total = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
+    scaled = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
+    offset = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
     for first in range(0, units, BLOCK_U):
-        beyond = first + BLOCK_U
-        following = tl.load(weight + 4 * beyond, mask=(row < N) & (beyond + block < units), other=0)
-        group = pair + (first + unit) // (GROUPSIZE // 32)
-        valid = (n[:, None] < N) & (first + unit < units)
-        s = tl.load(scale + group, mask=valid, other=0.0).to(tl.float32)
-        z = tl.load(zero + group, mask=valid, other=0.0).to(tl.float32)
-        products = tl.zeros([BLOCK_N, BLOCK_U, 4], tl.float32)
-        ones = tl.zeros([1, BLOCK_U, 4], tl.float32)
-        inputs = tl.zeros([1, BLOCK_U, 4], tl.float32)
-        for i in tl.static_range(0, 8, 2):
-            bits = w << (15 - 4 * i) if i < 4 else w >> (4 * i - 15)
-            for odd in tl.static_range(2):
-                value = tl.load(x + 32 * (first + block) + 4 * (i + odd) + word, mask=first + block < units,
-                                other=0.0).to(tl.float32)
-                large = value * (16.0 if odd else 256.0)
-                mantissa = (bits & (15 << 19 if odd else 15 << 15)) | 0x3F800000
-                products += mantissa.to(tl.float32, bitcast=True) * large
-                ones += large
-                inputs += value
-        total += s * (tl.sum(products, axis=2) - tl.sum(ones, axis=2)) + z * tl.sum(inputs, axis=2)
-        w = following
-    tl.store(out + n, tl.sum(total, axis=1).to(out.dtype.element_ty), mask=n < N)
+        beyond = first + BLOCK_U + unit
+        next_w = tl.load(weight + 4 * (first + BLOCK_U), mask=beyond[:, :, None] < units, other=0)
+        next_s = tl.load(scale + beyond // (GROUPSIZE // 32), mask=beyond < units, other=0.0)
+        next_z = tl.load(zero + beyond // (GROUPSIZE // 32), mask=beyond < units, other=0.0)
+        here = (first + unit)[:, :, None]
+        inputs = ()
+        sums = tl.zeros([1, BLOCK_U, 4], tl.float32), tl.zeros([1, BLOCK_U, 4], tl.float32)
+        for i in tl.static_range(8):
+            value = tl.load(x + 32 * here + 4 * i + word, mask=here < units, other=0.0).to(tl.float32)
+            sums = (sums[0] + value, sums[1]) if i % 2 == 0 else (sums[0], sums[1] + value)
+            inputs += (value * 16 if i % 2 == 0 else value,)
+        products = tl.broadcast_to(-16 * sums[0] - sums[1], [BLOCK_N, BLOCK_U, 4])
+        integers = _int4_mantissas(w)
+        for i in tl.static_range(8):
+            products += integers[i] * inputs[i]
+        scaled += s.to(tl.float32) * tl.sum(products, axis=2)
+        offset += z.to(tl.float32) * tl.sum(sums[0] + sums[1], axis=2)
+        w, s, z = next_w, next_s, next_z
+    tl.store(out + n, tl.sum(16 * scaled + offset, axis=1).to(out.dtype.element_ty), mask=n < N)
 
 
 # ---------------------------------------------------------------------------------------------------------- several rows
