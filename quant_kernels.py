@@ -91,16 +91,16 @@ def _int4_mantissas(w):
 
 @triton.jit
 def _int8_row_kernel(x, weight, scale, out, N, K, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
-    """x [K], weight [N, K] -> out [N]. A thread takes 16 neighbouring inputs of BLOCK_N outputs."""
+    """x [K], weight [N, K] -> out [N]. A thread takes 8 neighbouring inputs, 16 bytes of x, of BLOCK_N outputs."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = 16 * tl.arange(0, BLOCK_U)[None, :, None] + tl.arange(0, 16)[None, None, :]
+    k = 8 * tl.arange(0, BLOCK_U)[None, :, None] + tl.arange(0, 8)[None, None, :]
     weight += tl.minimum(n, N - 1).to(tl.int64)[:, None, None] * K + k
     w = tl.load(weight, mask=k < K, other=0)
     s = tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)
     after_previous()
     total = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
-    for first in range(0, K, 16 * BLOCK_U):
-        beyond = first + 16 * BLOCK_U
+    for first in range(0, K, 8 * BLOCK_U):
+        beyond = first + 8 * BLOCK_U
         following = tl.load(weight + beyond, mask=beyond + k < K, other=0)
         inputs = tl.load(x + first + k, mask=first + k < K, other=0.0).to(tl.float32)
         total += tl.sum(_int8_mantissas(w) * inputs, axis=2) - 1.5 * tl.sum(inputs, axis=2)
@@ -162,6 +162,82 @@ def _store_tile(partial, acc, split, n, M, N):
 
 
 @triton.jit
+def _int8_values(w, DTYPE: tl.constexpr):
+    """int8 w in DTYPE. bfloat16 128 + (low 7 bits) less 128, or 256 where the sign is set: exact, two instructions a weight."""
+    if INTERPRETED or DTYPE != tl.bfloat16:
+        return w.to(DTYPE)
+    else:
+        return tl.inline_asm_elementwise("""{
+            .reg .b32 p, low, sign;
+            prmt.b32 p, $2, 0x43, 0x4140;
+            and.b32 low, p, 0xFF7FFF7F;
+            and.b32 sign, p, 0xFF80FF80;
+            sub.rn.bf16x2 $0, low, sign;
+            prmt.b32 p, $2, 0x43, 0x4342;
+            and.b32 low, p, 0xFF7FFF7F;
+            and.b32 sign, p, 0xFF80FF80;
+            sub.rn.bf16x2 $1, low, sign;
+            }""", "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4)
+
+
+@triton.jit
+def _int4_values(w, s, z):
+    """int32 w -> its eight weights q s + z in s's dtype, rounded once.
+
+    bfloat16 128 + q has q in its lowest bits. Two words go together, so that a register holds neighbours of a dot's operand.
+    """
+    if INTERPRETED or s.dtype != tl.bfloat16:
+        wide_s, wide_z = s.to(tl.float32), z.to(tl.float32)
+        values = ()
+        for i in tl.static_range(8):
+            values += ((((w >> 4 * i) & 15).to(tl.float32) * wide_s + wide_z).to(s.dtype),)
+        return values
+    else:
+        return tl.inline_asm_elementwise("""{
+            .reg .b32 low, high, q, o;
+            mov.b32 o, 0x43004300;
+            prmt.b32 low, $8, $9, 0x5410;
+            prmt.b32 high, $8, $9, 0x7632;
+            lop3.b32 q, low, 0x000F000F, o, 0xEA;
+            sub.rn.bf16x2 q, q, o;
+            fma.rn.bf16x2 $0, q, $10, $11;
+            shr.u32 q, low, 4;
+            lop3.b32 q, q, 0x000F000F, o, 0xEA;
+            sub.rn.bf16x2 q, q, o;
+            fma.rn.bf16x2 $1, q, $10, $11;
+            shr.u32 q, low, 8;
+            lop3.b32 q, q, 0x000F000F, o, 0xEA;
+            sub.rn.bf16x2 q, q, o;
+            fma.rn.bf16x2 $2, q, $10, $11;
+            shr.u32 q, low, 12;
+            lop3.b32 q, q, 0x000F000F, o, 0xEA;
+            sub.rn.bf16x2 q, q, o;
+            fma.rn.bf16x2 $3, q, $10, $11;
+            lop3.b32 q, high, 0x000F000F, o, 0xEA;
+            sub.rn.bf16x2 q, q, o;
+            fma.rn.bf16x2 $4, q, $10, $11;
+            shr.u32 q, high, 4;
+            lop3.b32 q, q, 0x000F000F, o, 0xEA;
+            sub.rn.bf16x2 q, q, o;
+            fma.rn.bf16x2 $5, q, $10, $11;
+            shr.u32 q, high, 8;
+            lop3.b32 q, q, 0x000F000F, o, 0xEA;
+            sub.rn.bf16x2 q, q, o;
+            fma.rn.bf16x2 $6, q, $10, $11;
+            shr.u32 q, high, 12;
+            lop3.b32 q, q, 0x000F000F, o, 0xEA;
+            sub.rn.bf16x2 q, q, o;
+            fma.rn.bf16x2 $7, q, $10, $11;
+            }""", "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r", [w, s, z], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=2)
+
+
+@triton.jit
+def _by_words(pair, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_W / 4, BLOCK_N] -> [BLOCK_W, BLOCK_N]: a block's value for each of its four words."""
+    return tl.reshape(tl.broadcast_to(pair[:, None, :], [BLOCK_W // 4, 4, BLOCK_N]), [BLOCK_W, BLOCK_N])
+
+
+@triton.jit
 def _int8_dot_kernel(x, weight, scale, partial, M, N, K, k_per_split, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                      PRECISION: tl.constexpr):
     """x [M, K], weight [N, K] -> partial [splits, M, N]."""
@@ -171,43 +247,51 @@ def _int8_dot_kernel(x, weight, scale, partial, M, N, K, k_per_split, BLOCK_N: t
     column = tl.arange(0, BLOCK_K)
     start = split * k_per_split
     stop = tl.minimum(start + k_per_split, K)
-    weight += n.to(tl.int64)[None, :] * K
+    weight += tl.minimum(n, N - 1).to(tl.int64)[None, :] * K + column[:, None]
+    x += m * K + column[None, :]
     factor = tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)
     acc = tl.zeros([16, BLOCK_N], tl.float32)
     after_previous()
     for first in range(start, stop, BLOCK_K):
-        k = first + column
-        w = tl.load(weight + k[:, None], mask=(n < N)[None, :] & (k < stop)[:, None], other=0)
-        inputs = tl.load(x + m * K + k[None, :], mask=(m < M) & (k < stop)[None, :], other=0.0)
-        acc = tl.dot(inputs, w.to(inputs.dtype), acc, input_precision=PRECISION)
+        w = tl.load(weight + first, mask=(first + column < stop)[:, None], other=0)
+        inputs = tl.load(x + first, mask=(m < M) & (first + column < stop)[None, :], other=0.0)
+        acc = tl.dot(inputs, _int8_values(w, inputs.dtype), acc, input_precision=PRECISION)
     _store_tile(partial, acc * factor[None, :], split, n, M, N)
 
 
 @triton.jit
-def _int4_dot_kernel(x, weight, scale, zero, partial, M, N, K, words_per_split, GROUPSIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+def _int4_dot_kernel(x, weight, scale, zero, partial, M, N, K, units_per_split, GROUPSIZE: tl.constexpr, BLOCK_N: tl.constexpr,
                      BLOCK_W: tl.constexpr, PRECISION: tl.constexpr):
     """x [M, K], weight [N, K / 8] -> partial [splits, M, N]. A word's eight weights go into eight products."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     m = tl.arange(0, 16)[:, None]
-    start = split * words_per_split
-    stop = tl.minimum(start + words_per_split, K // 8)
-    weight += n.to(tl.int64)[None, :] * (K // 8)
-    pair = n.to(tl.int64)[None, :] * (K // GROUPSIZE)
+    word = tl.arange(0, BLOCK_W)
+    unit = tl.arange(0, BLOCK_W // 4)
+    start = split * units_per_split
+    stop = tl.minimum(start + units_per_split, K // 32)
+    row = tl.minimum(n, N - 1).to(tl.int64)[None, :]
+    weight += row * (K // 32 * 4) + word[:, None]
+    scale += row * (K // GROUPSIZE)
+    zero += row * (K // GROUPSIZE)
+    x += m * K + (word // 4 * 32 + word % 4)[None, :]
     acc = tl.zeros([16, BLOCK_N], tl.float32)
+    group = ((start + unit) // (GROUPSIZE // 32))[:, None]
+    s = tl.load(scale + group, mask=(start + unit < stop)[:, None], other=0.0)
+    z = tl.load(zero + group, mask=(start + unit < stop)[:, None], other=0.0)
     after_previous()
-    for first in range(start, stop, BLOCK_W):
-        word = first + tl.arange(0, BLOCK_W)
-        valid = (n < N)[None, :] & (word < stop)[:, None]
-        w = tl.load(weight + word[:, None], mask=valid, other=0)
-        group = pair + (word // (GROUPSIZE // 8))[:, None]
-        s = tl.load(scale + group, mask=valid, other=0.0).to(tl.float32)
-        z = tl.load(zero + group, mask=valid, other=0.0).to(tl.float32)
-        k = (word // 4 * 32 + word % 4)[None, :]
+    for first in range(start, stop, BLOCK_W // 4):
+        valid = first + word // 4 < stop
+        w = tl.load(weight + 4 * first, mask=valid[:, None], other=0)
+        beyond = first + BLOCK_W // 4 + unit
+        group = (beyond // (GROUPSIZE // 32))[:, None]
+        next_s = tl.load(scale + group, mask=(beyond < stop)[:, None], other=0.0)
+        next_z = tl.load(zero + group, mask=(beyond < stop)[:, None], other=0.0)
+        values = _int4_values(w, _by_words(s, BLOCK_W, BLOCK_N), _by_words(z, BLOCK_W, BLOCK_N))
         for i in tl.static_range(8):
-            inputs = tl.load(x + m * K + k + 4 * i, mask=(m < M) & (word < stop)[None, :], other=0.0)
-            values = ((w >> 4 * i) & 15).to(tl.float32) * s + z
-            acc = tl.dot(inputs, values.to(inputs.dtype), acc, input_precision=PRECISION)
+            inputs = tl.load(x + 32 * first + 4 * i, mask=(m < M) & valid[None, :], other=0.0)
+            acc = tl.dot(inputs, values[i], acc, input_precision=PRECISION)
+        s, z = next_s, next_z
     _store_tile(partial, acc, split, n, M, N)
 
 
@@ -231,7 +315,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     N, K = weight.shape
     if len(x) == 1:
-        return _launch_int8_row(x, weight, scale, **_row_parameters(N, triton.cdiv(K, 16)))
+        return _launch_int8_row(x, weight, scale, **_row_parameters(N, triton.cdiv(K, 8)))
     return _launch_int8_dot(x, weight, scale, **_dot_parameters(N, K, block_k=128))
 
 
@@ -294,11 +378,10 @@ def _launch_int4_dot(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, *, 
                      num_warps: int, num_stages: int) -> Tensor:
     N, K = len(weight), x.shape[1]
     partial = _partial(x, N, n_splits)
-    block_w = block_k // 8
-    per_split = triton.cdiv(triton.cdiv(K // 8, block_w), n_splits) * block_w
+    per_split = triton.cdiv(triton.cdiv(K, block_k), n_splits) * (block_k // 32)
     _int4_dot_kernel[(triton.cdiv(N, block_n), n_splits)](
         x, weight, scale, zero, partial, len(x), N, K, per_split, GROUPSIZE=K // scale.shape[1], BLOCK_N=block_n,
-        BLOCK_W=block_w, PRECISION=_precision(x), num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT_LAUNCH)
+        BLOCK_W=block_k // 8, PRECISION=_precision(x), num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT_LAUNCH)
     return _summed(partial, x.dtype)
 
 
