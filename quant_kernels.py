@@ -39,24 +39,26 @@ def _precision(x: Tensor) -> str:
 
 @triton.jit
 def _int8_mantissas(w):
-    """int8 w -> float32 1.5 + w / 256: the byte, its sign turned round, in the mantissa of 1.0 at bit 15.
-
-    Two instructions where a conversion takes the time of four.
-    """
+    """int32 w -> its four signed bytes as float32 1.5 + byte / 256: the byte, its sign turned round, in the mantissa of 1.0 at
+    bit 15. Two instructions, where a conversion takes the time of four."""
     if INTERPRETED:
-        return 1.5 + w.to(tl.float32) / 256
+        moved = w << 15, w << 7, w >> 1, w >> 9
+        values = ()
+        for i in tl.static_range(4):
+            values += (((moved[i] & 0x7F8000) ^ 0x3FC00000).to(tl.float32, bitcast=True),)
+        return values
     else:
         return tl.inline_asm_elementwise("""{
-            .reg .b32 a, b, c, d;
+            .reg .b32 a;
             shl.b32 a, $4, 15;
-            shl.b32 b, $4, 7;
-            shr.u32 c, $4, 1;
-            shr.u32 d, $4, 9;
             lop3.b32 $0, a, 0x7F8000, 0x3FC00000, 0x6A;
-            lop3.b32 $1, b, 0x7F8000, 0x3FC00000, 0x6A;
-            lop3.b32 $2, c, 0x7F8000, 0x3FC00000, 0x6A;
-            lop3.b32 $3, d, 0x7F8000, 0x3FC00000, 0x6A;
-            }""", "=r,=r,=r,=r,r", [w], dtype=tl.float32, is_pure=True, pack=4)
+            shl.b32 a, $4, 7;
+            lop3.b32 $1, a, 0x7F8000, 0x3FC00000, 0x6A;
+            shr.u32 a, $4, 1;
+            lop3.b32 $2, a, 0x7F8000, 0x3FC00000, 0x6A;
+            shr.u32 a, $4, 9;
+            lop3.b32 $3, a, 0x7F8000, 0x3FC00000, 0x6A;
+            }""", "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.float32,) * 4, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -64,48 +66,58 @@ def _int4_mantissas(w):
     """int32 w -> its 4-bit integers q as eight float32, 1 + q / 256 and 1 + q / 16 in turn: in the mantissa of 1.0 at bit 15
     or 19, so that one shift serves two."""
     if INTERPRETED:
-        even, odd = 15 << 15, 15 << 19
-        one = 0x3F800000
-        a, b, c, d = w << 15, w << 7, w >> 1, w >> 9
-        return (((a & even) | one).to(tl.float32, bitcast=True), ((a & odd) | one).to(tl.float32, bitcast=True),
-                ((b & even) | one).to(tl.float32, bitcast=True), ((b & odd) | one).to(tl.float32, bitcast=True),
-                ((c & even) | one).to(tl.float32, bitcast=True), ((c & odd) | one).to(tl.float32, bitcast=True),
-                ((d & even) | one).to(tl.float32, bitcast=True), ((d & odd) | one).to(tl.float32, bitcast=True))
+        moved = w << 15, w << 7, w >> 1, w >> 9
+        values = ()
+        for i in tl.static_range(4):
+            values += (((moved[i] & (15 << 15)) | 0x3F800000).to(tl.float32, bitcast=True),)
+            values += (((moved[i] & (15 << 19)) | 0x3F800000).to(tl.float32, bitcast=True),)
+        return values
     else:
         return tl.inline_asm_elementwise("""{
-            .reg .b32 a, b, c, d;
+            .reg .b32 a;
             shl.b32 a, $8, 15;
-            shl.b32 b, $8, 7;
-            shr.u32 c, $8, 1;
-            shr.u32 d, $8, 9;
             lop3.b32 $0, a, 0x078000, 0x3F800000, 0xEA;
             lop3.b32 $1, a, 0x780000, 0x3F800000, 0xEA;
-            lop3.b32 $2, b, 0x078000, 0x3F800000, 0xEA;
-            lop3.b32 $3, b, 0x780000, 0x3F800000, 0xEA;
-            lop3.b32 $4, c, 0x078000, 0x3F800000, 0xEA;
-            lop3.b32 $5, c, 0x780000, 0x3F800000, 0xEA;
-            lop3.b32 $6, d, 0x078000, 0x3F800000, 0xEA;
-            lop3.b32 $7, d, 0x780000, 0x3F800000, 0xEA;
-            }""", "=r,=r,=r,=r,=r,=r,=r,=r,r", [w], dtype=(tl.float32,) * 8, is_pure=True, pack=1)
+            shl.b32 a, $8, 7;
+            lop3.b32 $2, a, 0x078000, 0x3F800000, 0xEA;
+            lop3.b32 $3, a, 0x780000, 0x3F800000, 0xEA;
+            shr.u32 a, $8, 1;
+            lop3.b32 $4, a, 0x078000, 0x3F800000, 0xEA;
+            lop3.b32 $5, a, 0x780000, 0x3F800000, 0xEA;
+            shr.u32 a, $8, 9;
+            lop3.b32 $6, a, 0x078000, 0x3F800000, 0xEA;
+            lop3.b32 $7, a, 0x780000, 0x3F800000, 0xEA;
+            }""", "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [w], dtype=(tl.float32,) * 8, is_pure=True, pack=1)
 
 
 @triton.jit
 def _int8_row_kernel(x, weight, scale, out, N, K, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
-    """x [K], weight [N, K] -> out [N]. A thread takes 8 neighbouring inputs, 16 bytes of x, of BLOCK_N outputs."""
+    """x [K], weight [N, K] as int32 [N, K / 4] -> out [N]. A thread takes 8 inputs, 16 bytes of x, of BLOCK_N outputs."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = 8 * tl.arange(0, BLOCK_U)[None, :, None] + tl.arange(0, 8)[None, None, :]
-    weight += tl.minimum(n, N - 1).to(tl.int64)[:, None, None] * K + k
-    w = tl.load(weight, mask=k < K, other=0)
+    unit = tl.arange(0, BLOCK_U)[None, :, None]
+    units = K // 8
+    weight += tl.minimum(n, N - 1).to(tl.int64)[:, None, None] * (2 * units) + 2 * unit + tl.arange(0, 2)[None, None, :]
+    x += 8 * unit + tl.arange(0, 8)[None, None, :]
+    w = tl.load(weight, mask=unit < units, other=0)
     s = tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)
     after_previous()
-    total = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
-    for first in range(0, K, 8 * BLOCK_U):
-        beyond = first + 8 * BLOCK_U
-        following = tl.load(weight + beyond, mask=beyond + k < K, other=0)
-        inputs = tl.load(x + first + k, mask=first + k < K, other=0.0).to(tl.float32)
-        total += tl.sum(_int8_mantissas(w) * inputs, axis=2) - 1.5 * tl.sum(inputs, axis=2)
+    total = tl.zeros([BLOCK_N, BLOCK_U, 2], tl.float32)
+    for first in range(0, units, BLOCK_U):
+        beyond = first + BLOCK_U
+        following = tl.load(weight + 2 * beyond, mask=beyond + unit < units, other=0)
+        inputs = tl.load(x + 8 * first, mask=first + unit < units, other=0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(inputs, [1, BLOCK_U, 2, 2, 2]))  # bytes 0 and 2, 1 and 3 of the two words
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        total -= 1.5 * ((x0 + x1) + (x2 + x3))
+        w0, w1, w2, w3 = _int8_mantissas(w)
+        total += w0 * x0
+        total += w1 * x1
+        total += w2 * x2
+        total += w3 * x3
         w = following
-    tl.store(out + n, (256 * s * tl.sum(total, axis=1)).to(out.dtype.element_ty), mask=n < N)
+    value = 256 * s * tl.sum(tl.sum(total, axis=2), axis=1)
+    tl.store(out + n, value.to(out.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
@@ -159,25 +171,6 @@ def _store_tile(partial, acc, split, n, M, N):
     m = tl.arange(0, 16)[:, None]
     at = (split * M + m).to(tl.int64) * N + n[None, :]
     tl.store(partial + at, acc.to(partial.dtype.element_ty), mask=(m < M) & (n[None, :] < N))
-
-
-@triton.jit
-def _int8_values(w, DTYPE: tl.constexpr):
-    """int8 w in DTYPE. bfloat16 128 + (low 7 bits) less 128, or 256 where the sign is set: exact, two instructions a weight."""
-    if INTERPRETED or DTYPE != tl.bfloat16:
-        return w.to(DTYPE)
-    else:
-        return tl.inline_asm_elementwise("""{
-            .reg .b32 p, low, sign;
-            prmt.b32 p, $2, 0x43, 0x4140;
-            and.b32 low, p, 0xFF7FFF7F;
-            and.b32 sign, p, 0xFF80FF80;
-            sub.rn.bf16x2 $0, low, sign;
-            prmt.b32 p, $2, 0x43, 0x4342;
-            and.b32 low, p, 0xFF7FFF7F;
-            and.b32 sign, p, 0xFF80FF80;
-            sub.rn.bf16x2 $1, low, sign;
-            }""", "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4)
 
 
 @triton.jit
@@ -255,7 +248,7 @@ def _int8_dot_kernel(x, weight, scale, partial, M, N, K, k_per_split, BLOCK_N: t
     for first in range(start, stop, BLOCK_K):
         w = tl.load(weight + first, mask=(first + column < stop)[:, None], other=0)
         inputs = tl.load(x + first, mask=(m < M) & (first + column < stop)[None, :], other=0.0)
-        acc = tl.dot(inputs, _int8_values(w, inputs.dtype), acc, input_precision=PRECISION)
+        acc = tl.dot(inputs, w.to(inputs.dtype), acc, input_precision=PRECISION)
     _store_tile(partial, acc * factor[None, :], split, n, M, N)
 
 
@@ -314,7 +307,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 @torch.library.custom_op("hashfast::int8_linear", mutates_args=())
 def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     N, K = weight.shape
-    if len(x) == 1:
+    if len(x) == 1 and K % 8 == 0:
         return _launch_int8_row(x, weight, scale, **_row_parameters(N, triton.cdiv(K, 8)))
     return _launch_int8_dot(x, weight, scale, **_dot_parameters(N, K, block_k=128))
 
@@ -327,7 +320,7 @@ def _(x, weight, scale):
 def _launch_int8_row(x: Tensor, weight: Tensor, scale: Tensor, *, block_n: int, block_u: int, num_warps: int) -> Tensor:
     N, K = weight.shape
     out = torch.empty((1, N), dtype=x.dtype, device=x.device)
-    _int8_row_kernel[(triton.cdiv(N, block_n),)](x, weight, scale, out, N, K, BLOCK_N=block_n, BLOCK_U=block_u,
+    _int8_row_kernel[(triton.cdiv(N, block_n),)](x, weight.view(torch.int32), scale, out, N, K, BLOCK_N=block_n, BLOCK_U=block_u,
                                                  num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
     return out
 
