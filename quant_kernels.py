@@ -3,9 +3,10 @@
 int8_linear, int4_linear   1 to 16 rows: read the weights once, dequantise in registers    one kernel, or two where K is split
 dequantize_int4            the weights in full, for prompts                                one kernel
 
-One row is a sum along each output's weights; more rows go through tensor cores. Neither uses atomics: the same input gives the
-same bits. Custom ops, as those of hash_kernels.py, which says what that is good for. Weights wait for no other kernel, so the
-first ones are on their way before the kernel before this one has finished.
+One row is a sum along each output's weights; more rows go through tensor cores. Integers become floats by their bits,
+in inline assembly, for conversions would take longer than the weights' way. Neither uses atomics: the same input gives the same
+bits. Custom ops, as those of hash_kernels.py, which says what that is good for. Weights wait for no other kernel, so the first
+ones are on their way before the kernel before this one has finished.
 """
 import torch
 import triton
@@ -16,18 +17,32 @@ from hash_kernels import DEPENDENT_LAUNCH, INTERPRETED, after_previous
 
 # ------------------------------------------------------------------------------------------------------ launch parameters
 
-# First guesses, by counting: a multiprocessor needs some 30 KB of loads on the way, and a narrow product few outputs a program.
+# A multiprocessor of an H200 needs some 30 KB of loads on the way. Products chose these by measurement, rows by counting.
 
-def _row_parameters(N: int, units: int) -> dict[str, int]:
-    """One row of `units` blocks of inputs, 32 of int4 or 16 of int8. block_n: outputs of a program.  block_u: blocks."""
-    return {"block_n": 4 if N <= 8192 else 8, "block_u": min(128, triton.next_power_of_2(units)), "num_warps": 4}
+def _int8_row_parameters(N: int) -> dict[str, int]:
+    """block_n: outputs of a program.  block_u: blocks of 8 inputs at a time."""
+    return {"block_n": 4, "block_u": 128, "num_warps": 4} if N <= 8192 else {"block_n": 8, "block_u": 64, "num_warps": 2}
 
 
-def _dot_parameters(N: int, K: int, block_k: int) -> dict[str, int]:
-    """Several rows. block_k: inputs at a time.  n_splits: programs that share an output block's inputs."""
-    block_n = 32
-    n_splits = max(1, min(triton.cdiv(K, block_k), 528 // triton.cdiv(N, block_n)))
-    return {"block_n": block_n, "block_k": block_k, "n_splits": n_splits, "num_warps": 4, "num_stages": 4}
+def _int4_row_parameters(N: int) -> dict[str, int]:
+    """block_u: blocks of 32 inputs, one a thread."""
+    return {"block_n": 4, "block_u": 128, "num_warps": 4} if N <= 8192 else {"block_n": 8, "block_u": 32, "num_warps": 1}
+
+
+def _int8_dot_parameters(N: int, K: int) -> dict[str, int]:
+    """block_k: inputs at a time.  n_splits: programs that share an output block's inputs, for narrow and deep products."""
+    if N <= 8192 < K:
+        return {"block_n": 64, "block_k": 128, "n_splits": _splits(N, K, 128), "num_warps": 4, "num_stages": 4}
+    return {"block_n": 32, "block_k": 256, "n_splits": 1, "num_warps": 4, "num_stages": 4}
+
+
+def _int4_dot_parameters(N: int, K: int) -> dict[str, int]:
+    return {"block_n": 64, "block_k": 256, "n_splits": _splits(N, K, 256), "num_warps": 4, "num_stages": 4}
+
+
+def _splits(N: int, K: int, block_k: int) -> int:
+    """So that blocks of 64 outputs have three programs a multiprocessor."""
+    return max(1, min(triton.cdiv(K, block_k), 400 // triton.cdiv(N, 64)))
 
 
 def _precision(x: Tensor) -> str:
@@ -102,6 +117,7 @@ def _int8_row_kernel(x, weight, scale, out, N, K, BLOCK_N: tl.constexpr, BLOCK_U
     s = tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)
     after_previous()
     total = tl.zeros([BLOCK_N, BLOCK_U, 2], tl.float32)
+    ones = tl.zeros([1, BLOCK_U, 2], tl.float32)
     for first in range(0, units, BLOCK_U):
         beyond = first + BLOCK_U
         following = tl.load(weight + 2 * beyond, mask=beyond + unit < units, other=0)
@@ -109,14 +125,14 @@ def _int8_row_kernel(x, weight, scale, out, N, K, BLOCK_N: tl.constexpr, BLOCK_U
         even, odd = tl.split(tl.reshape(inputs, [1, BLOCK_U, 2, 2, 2]))  # bytes 0 and 2, 1 and 3 of the two words
         x0, x2 = tl.split(even)
         x1, x3 = tl.split(odd)
-        total -= 1.5 * ((x0 + x1) + (x2 + x3))
+        ones += (x0 + x1) + (x2 + x3)
         w0, w1, w2, w3 = _int8_mantissas(w)
         total += w0 * x0
         total += w1 * x1
         total += w2 * x2
         total += w3 * x3
         w = following
-    value = 256 * s * tl.sum(tl.sum(total, axis=2), axis=1)
+    value = 256 * s * tl.sum(tl.sum(total - 1.5 * ones, axis=2), axis=1)
     tl.store(out + n, value.to(out.dtype.element_ty), mask=n < N)
 
 
@@ -141,7 +157,7 @@ def _int4_row_kernel(x, weight, scale, zero, out, N, K, GROUPSIZE: tl.constexpr,
     after_previous()
     scaled = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
     offset = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
-    for first in range(0, units, BLOCK_U):
+    for first in tl.range(0, units, BLOCK_U, loop_unroll_factor=2):
         beyond = first + BLOCK_U + unit
         next_w = tl.load(weight + 4 * (first + BLOCK_U), mask=beyond[:, :, None] < units, other=0)
         next_s = tl.load(scale + beyond // (GROUPSIZE // 32), mask=beyond < units, other=0.0)
@@ -308,8 +324,8 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     N, K = weight.shape
     if len(x) == 1 and K % 8 == 0:
-        return _launch_int8_row(x, weight, scale, **_row_parameters(N, triton.cdiv(K, 8)))
-    return _launch_int8_dot(x, weight, scale, **_dot_parameters(N, K, block_k=128))
+        return _launch_int8_row(x, weight, scale, **_int8_row_parameters(N))
+    return _launch_int8_dot(x, weight, scale, **_int8_dot_parameters(N, K))
 
 
 @_int8_linear.register_fake
@@ -320,8 +336,9 @@ def _(x, weight, scale):
 def _launch_int8_row(x: Tensor, weight: Tensor, scale: Tensor, *, block_n: int, block_u: int, num_warps: int) -> Tensor:
     N, K = weight.shape
     out = torch.empty((1, N), dtype=x.dtype, device=x.device)
-    _int8_row_kernel[(triton.cdiv(N, block_n),)](x, weight.view(torch.int32), scale, out, N, K, BLOCK_N=block_n, BLOCK_U=block_u,
-                                                 num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
+    _int8_row_kernel[(triton.cdiv(N, block_n),)](
+        x, weight.view(torch.int32), scale, out, N, K, BLOCK_N=block_n, BLOCK_U=block_u, num_warps=num_warps,
+        launch_pdl=DEPENDENT_LAUNCH)
     return out
 
 
@@ -348,8 +365,8 @@ def int4_linear(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tenso
 def _int4_linear(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     M, K = x.shape
     if M == 1:
-        return _launch_int4_row(x, weight, scale, zero, **_row_parameters(len(weight), K // 32))
-    return _launch_int4_dot(x, weight, scale, zero, **_dot_parameters(len(weight), K, block_k=256))
+        return _launch_int4_row(x, weight, scale, zero, **_int4_row_parameters(len(weight)))
+    return _launch_int4_dot(x, weight, scale, zero, **_int4_dot_parameters(len(weight), K))
 
 
 @_int4_linear.register_fake

@@ -28,6 +28,7 @@ from checkpoint import QUANT_METHOD, load_model, load_quantization, plan_loading
 from common import Parser, UserError, check_device, default_device, run_command
 from generate import read_text
 from model import Transformer
+from prompt_attention import causal_attention
 from quant_linear import GROUPSIZES, Quantization, is_int8, quantize_int4, quantize_int8
 from tokenizer import Tokenizer
 
@@ -174,13 +175,13 @@ def read_windows(source: Path, texts: list[Path], count: int) -> list[Tensor]:
 def perplexity(model: Transformer, windows: list[Tensor], task: str) -> float:
     """Of every token of the windows but each first one, given those before it, read densely."""
     device = model.tok_embeddings.weight.device
-    model.setup_caches(1, max(map(len, windows)))
     total, count = 0.0, 0
     for ids in tqdm(windows, desc=task, unit="window", delay=2, disable=None):
         ids = ids.to(device)
         x, cos, sin = model.embed(ids[None], torch.arange(len(ids), device=device)[None])
         for layer in model.layers:
-            x = layer.prefill(x, cos, sin, 0, 0)
+            q, k, v, _ = layer.project(x, cos, sin)
+            x = layer.finish(x, causal_attention(q, k, v))
         for hidden, following in zip(x[0, :-1].split(256), ids[1:].split(256), strict=True):  # all logits would fill memory
             logprobs = model.logits(hidden[None])[0].float().log_softmax(dim=-1)
             total -= logprobs.gather(-1, following[:, None]).sum().item()

@@ -123,6 +123,31 @@ def test_kernels(N, K, groupsize, M, dtype):
     assert error(kernels.dequantize_int4(words, *pair), dense) < ROUNDING[dtype]
 
 
+@pytest.mark.parametrize("M", [1, 2])
+def test_int8_of_any_width(M):
+    kernels = pytest.importorskip("quant_kernels")
+    weight, x = torch.randn(9, 50, device=DEVICE), torch.randn(M, 50, device=DEVICE)
+    int8, scale = reference.quantize_int8(weight)
+    got = kernels.int8_linear(x, int8, scale.float())
+    assert error(got, x.double() @ reference.dequantize_int8(int8, scale.double()).T) < ROUNDING[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [1, 3])
+def test_every_integer_in_every_place(M, dtype):
+    """An input of 1 among zeros picks a weight: all bytes, and all 4-bit integers, at each place of a word."""
+    kernels = pytest.importorskip("quant_kernels")
+    int8 = (torch.arange(-128, 128, device=DEVICE)[:, None] + torch.arange(32, device=DEVICE)).to(torch.int8)  # wraps
+    int4 = (torch.arange(16, device=DEVICE, dtype=torch.int32)[:, None] + torch.arange(32, device=DEVICE)).int() % 16
+    words, one = reference.pack_int4(int4), torch.ones(256, device=DEVICE, dtype=dtype)
+    for k in range(0, 32, 3):
+        x = torch.zeros(M, 32, device=DEVICE, dtype=dtype)
+        x[-1, k] = 1
+        assert torch.equal(kernels.int8_linear(x, int8, one)[-1], int8[:, k].to(dtype))
+        got = kernels.int4_linear(x, words, one[:16, None], -3 * one[:16, None])[-1]
+        assert torch.equal(got, (int4[:, k] - 3).to(dtype))
+
+
 @pytest.mark.parametrize("M, n_splits", [(1, 1), (5, 1), (5, 3)])
 def test_launch_parameters_change_nothing_but_rounding(M, n_splits):
     kernels = pytest.importorskip("quant_kernels")
