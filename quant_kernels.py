@@ -137,6 +137,15 @@ def _int8_row_kernel(x, weight, scale, out, N, K, BLOCK_N: tl.constexpr, BLOCK_U
 
 
 @triton.jit
+def _quarters(t, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
+    """[BLOCK_N, BLOCK_U, 4] -> four tensors [BLOCK_N, BLOCK_U]: one sum for all needs fewer registers than one for each."""
+    even, odd = tl.split(tl.reshape(t, [BLOCK_N, BLOCK_U, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
 def _int4_row_kernel(x, weight, scale, zero, out, N, K, GROUPSIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
     """x [K], weight [N, K / 8] -> out [N]. A thread takes a block of 32 inputs of BLOCK_N outputs: four words, one group each.
 
@@ -157,24 +166,31 @@ def _int4_row_kernel(x, weight, scale, zero, out, N, K, GROUPSIZE: tl.constexpr,
     after_previous()
     scaled = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
     offset = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
-    for first in tl.range(0, units, BLOCK_U, loop_unroll_factor=2):
+    for first in range(0, units, BLOCK_U):
         beyond = first + BLOCK_U + unit
         next_w = tl.load(weight + 4 * (first + BLOCK_U), mask=beyond[:, :, None] < units, other=0)
         next_s = tl.load(scale + beyond // (GROUPSIZE // 32), mask=beyond < units, other=0.0)
         next_z = tl.load(zero + beyond // (GROUPSIZE // 32), mask=beyond < units, other=0.0)
         here = (first + unit)[:, :, None]
         inputs = ()
-        sums = tl.zeros([1, BLOCK_U, 4], tl.float32), tl.zeros([1, BLOCK_U, 4], tl.float32)
         for i in tl.static_range(8):
             value = tl.load(x + 32 * here + 4 * i + word, mask=here < units, other=0.0).to(tl.float32)
-            sums = (sums[0] + value, sums[1]) if i % 2 == 0 else (sums[0], sums[1] + value)
-            inputs += (value * 16 if i % 2 == 0 else value,)
-        products = tl.broadcast_to(-16 * sums[0] - sums[1], [BLOCK_N, BLOCK_U, 4])
-        integers = _int4_mantissas(w)
-        for i in tl.static_range(8):
-            products += integers[i] * inputs[i]
-        scaled += s.to(tl.float32) * tl.sum(products, axis=2)
-        offset += z.to(tl.float32) * tl.sum(sums[0] + sums[1], axis=2)
+            inputs += (_quarters(value, 1, BLOCK_U),)
+        even = tl.zeros([1, BLOCK_U], tl.float32)
+        odd = tl.zeros([1, BLOCK_U], tl.float32)
+        for i in tl.static_range(0, 8, 2):
+            for j in tl.static_range(4):
+                even += inputs[i][j]
+                odd += inputs[i + 1][j]
+        products = tl.broadcast_to(-16 * even - odd, [BLOCK_N, BLOCK_U])
+        words = _quarters(w, BLOCK_N, BLOCK_U)
+        for j in tl.static_range(4):
+            integers = _int4_mantissas(words[j])
+            for i in tl.static_range(0, 8, 2):
+                products += integers[i] * (16 * inputs[i][j])
+                products += integers[i + 1] * inputs[i + 1][j]
+        scaled += s.to(tl.float32) * products
+        offset += z.to(tl.float32) * (even + odd)
         w, s, z = next_w, next_s, next_z
     tl.store(out + n, tl.sum(16 * scaled + offset, axis=1).to(out.dtype.element_ty), mask=n < N)
 
