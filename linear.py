@@ -9,9 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-AHEAD = 4 * 2 ** 20
-AHEAD_OF_ATTENTION = 32 * 2 ** 20  # sparse attention leaves the memory idle for that long
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
@@ -34,16 +31,12 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tenso
 
 
 def linear(x: Tensor, layer: nn.Module, norm: nn.Module | None = None, residual: Tensor | None = None,
-           gated: bool = False, ahead: nn.Module | None = None, ahead_bytes: int = AHEAD) -> Tensor:
-    """`linear_reference` of a layer and the RMSNorm before it, by one kernel where x is one row on a GPU.
-
-    ahead: a later layer; that many bytes of its weights are brought into the L2 cache meanwhile.
-    """
+           gated: bool = False) -> Tensor:
+    """`linear_reference` of a layer and the RMSNorm before it, by one kernel where x is one row on a GPU."""
     if x.is_cuda and type(layer) is nn.Linear and x.numel() == x.shape[-1]:
         import linear_kernels
         weight, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
-        ahead_weight = ahead.weight if type(ahead) is nn.Linear else None
-        return linear_kernels.linear(x, layer.weight, layer.bias, weight, eps, residual, gated, ahead_weight, ahead_bytes)
+        return linear_kernels.linear(x, layer.weight, layer.bias, weight, eps, residual, gated)
     out = layer(x if norm is None else norm(x))
     if gated:
         gate, up = out.chunk(2, dim=-1)

@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hash_kernels import DEPENDENT_LAUNCH, INTERPRETED, after_previous
+from hash_kernels import DEPENDENT_LAUNCH, after_previous
 
-LINE = tl.constexpr(128)  # bytes
 # By measurement on an H200, where programs that go on from block to block were slower than new ones.
 
 def _parameters(N: int, K: int) -> dict[str, int]:
@@ -31,21 +30,9 @@ def _gate(gate, up):
 
 
 @triton.jit
-def _ask_for(at):
-    """Have the cache lines at these addresses, int64, brought into the L2 cache, and do not wait for them."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False,
-                                  pack=1)
-
-
-@triton.jit
-def _linear_kernel(x, norm, weight, bias, residual, ahead, out, N, K, ahead_lines, eps, NORM: tl.constexpr,
-                   GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                   LINES: tl.constexpr):
-    """x [K], norm [K], weight [N, K] or, GATED, [2 N, K], bias [N], residual [N] -> out [N].
-
-    ahead: weights of a later kernel, whose first ahead_lines cache lines the programs ask for, LINES each.
-    """
+def _linear_kernel(x, norm, weight, bias, residual, out, N, K, eps, NORM: tl.constexpr, GATED: tl.constexpr,
+                   BIAS: tl.constexpr, ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """x [K], norm [K], weight [N, K] or, GATED, [2 N, K], bias [N], residual [N] -> out [N]."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)[None, :]
     row = n[:, None]
@@ -73,9 +60,6 @@ def _linear_kernel(x, norm, weight, bias, residual, ahead, out, N, K, ahead_line
         if GATED:
             total_up += w_up.to(tl.float32) * inputs
             w_up = following_up
-    if LINES > 0:
-        line = tl.minimum(tl.program_id(0) * LINES + tl.arange(0, LINES), ahead_lines - 1)
-        _ask_for(ahead.to(tl.int64) + line.to(tl.int64) * LINE)
     value = tl.sum(total, axis=1)
     scale = 1.0
     if NORM:
@@ -92,30 +76,23 @@ def _linear_kernel(x, norm, weight, bias, residual, ahead, out, N, K, ahead_line
 
 @torch.library.custom_op("hashfast::linear", mutates_args=())
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float, residual: Tensor | None,
-           gated: bool, ahead: Tensor | None, ahead_bytes: int) -> Tensor:
-    """`linear.linear_reference` of one row: x [1, .., K], weight [N, K] ([2 N, K] where gated) -> [1, .., N].
-
-    ahead: weights that are read later, of which `ahead_bytes` are brought into the L2 cache.
-    """
-    return _launch_linear(x, weight, bias, norm, eps, residual, gated, ahead, ahead_bytes,
+           gated: bool) -> Tensor:
+    """`linear.linear_reference` of one row: x [1, .., K], weight [N, K] ([2 N, K] where gated) -> [1, .., N]."""
+    return _launch_linear(x, weight, bias, norm, eps, residual, gated,
                           **_parameters(weight.shape[0] // (2 if gated else 1), x.shape[-1]))
 
 
 @linear.register_fake
-def _(x, weight, bias, norm, eps, residual, gated, ahead, ahead_bytes):
+def _(x, weight, bias, norm, eps, residual, gated):
     return x.new_empty((*x.shape[:-1], weight.shape[0] // (2 if gated else 1)))
 
 
 def _launch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float, residual: Tensor | None,
-                   gated: bool, ahead: Tensor | None = None, ahead_bytes: int = 0, *, block_n: int, block_k: int,
-                   num_warps: int) -> Tensor:
+                   gated: bool, *, block_n: int, block_k: int, num_warps: int) -> Tensor:
     K, N = x.shape[-1], weight.shape[0] // (2 if gated else 1)
     out = x.new_empty((*x.shape[:-1], N))
-    programs = triton.cdiv(N, block_n)
-    lines = min(ahead_bytes, ahead.nbytes) // LINE.value if ahead is not None else 0
-    _linear_kernel[(programs,)](
-        x.contiguous(), norm, weight, bias, residual.contiguous() if residual is not None else None, ahead, out, N, K, lines,
-        eps, LINES=triton.next_power_of_2(triton.cdiv(lines, programs)) if lines else 0,
+    _linear_kernel[(triton.cdiv(N, block_n),)](
+        x.contiguous(), norm, weight, bias, residual.contiguous() if residual is not None else None, out, N, K, eps,
         NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=residual is not None, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
     return out

@@ -25,7 +25,7 @@ from hash_attention import (
     select_tokens,
     sparse_attention,
 )
-from linear import AHEAD_OF_ATTENTION, linear, rms_norm
+from linear import linear, rms_norm
 from prompt_attention import causal_attention
 
 
@@ -137,7 +137,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """x plus what the layer makes of it, normalised. [B, T, d] -> [B, T, d]."""
-        return linear(linear(x, self.w13, norm, gated=True, ahead=self.w2), self.w2, residual=x)
+        return linear(linear(x, self.w13, norm, gated=True), self.w2, residual=x)
 
 
 class Attention(nn.Module):
@@ -193,8 +193,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seq_lens: Tensor) -> Tensor:
         """One decode step of this layer. x [B, T, d], cos and sin [B, T, D / 2], seq_lens int32 [B] -> [B, T, d]."""
-        ahead = self.attention.wo if self.attention.sparse is not None else None  # dense attention leaves nothing in the L2
-        qkv = linear(x, self.attention.wqkv, self.attention_norm, ahead=ahead, ahead_bytes=AHEAD_OF_ATTENTION)
+        qkv = linear(x, self.attention.wqkv, self.attention_norm)
         return self.finish(x, self.attention.decode(qkv, cos, sin, seq_lens))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -204,7 +203,7 @@ class TransformerBlock(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection and feed-forward with their residuals. x [B, T, d], attended [B, T, Hq, D] -> [B, T, d]."""
-        x = linear(attended.flatten(2), self.attention.wo, residual=x, ahead=self.feed_forward.w13)
+        x = linear(attended.flatten(2), self.attention.wo, residual=x)
         return self.feed_forward(x, self.ffn_norm)
 
 

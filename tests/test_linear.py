@@ -27,7 +27,7 @@ def test_linear(kind: str, N: int, K: int, dtype: torch.dtype) -> None:
     norm = random(K, dtype=dtype) if "norm" in kind else None
     bias = random(N, dtype=dtype) if "bias" in kind else None
     residual = random(1, 1, N, dtype=dtype) if "add" in kind else None
-    got = linear_kernels.linear(x, weight, bias if not gated else None, norm, 1e-5, residual, gated, weight, 5000)
+    got = linear_kernels.linear(x, weight, bias if not gated else None, norm, 1e-5, residual, gated)
     wide = [None if t is None else t.double() for t in (x, weight, bias if not gated else None, norm)]
     expected = linear_reference(*wide, 1e-5, None if residual is None else residual.double(), gated)
     assert got.dtype == dtype and got.shape == (1, 1, N)
