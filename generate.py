@@ -189,6 +189,7 @@ def report(session: Session, prompts: list[list[int]], samples: list[Sample], te
     read = settings if speculator is None else None  # drafts are verified by dense attention
     moved = bytes_per_step(model, settings, length, options.batch_size) if ms and speculator is None else None
     return {
+        "model": options.random_weights or options.checkpoint_path.resolve().name,
         "prompt_tokens": lengths if len(prompts) > 1 else lengths[0],
         "prompt_sha256": hashes if len(prompts) > 1 else hashes[0],
         "new_tokens": [tokens for s in samples for tokens in s.tokens],
