@@ -178,6 +178,7 @@ class Table:
     files: str
     about: str
     make: Callable[[list[dict]], str]
+    image: bool = False  # whether the plot beside the file is shown
 
 
 TABLES = {
@@ -186,9 +187,9 @@ TABLES = {
                        "two columns are the papers' shapes of signature in these kernels, not the papers' own code. "
                        "FlashInfer is not compared.", attention_table),
     "decode": Table("decode*.json", "**Whole decode steps**, random weights: the latency is what is measured. *Floor*: "
-                    "weights, K, V and signatures that a step must read over the copy bandwidth.", decode_table),
+                    "weights, K, V and signatures that a step must read over the copy bandwidth.", decode_table, image=True),
     "latency": Table("latency*.json", "**From the prompt on**, batch 1, random weights: time to the first token (dense in both "
-                     "cases), then per token.", latency_table),
+                     "cases), then per token.", latency_table, image=True),
     "prefill": Table("prefill*.json", "**Reading the prompt**, random weights.", prefill_table),
     "ragged": Table("ragged*.json", "**Prompts of different lengths in one batch**, random weights.", ragged_table),
     "speculate": Table("speculate*.json", "**Self-speculation**: k hash steps draft, one dense pass verifies. A round gives "
@@ -216,19 +217,16 @@ def read_results(path: Path) -> dict:
     return result
 
 
-def provenance(result: dict, path: Path, link: Path) -> str:
-    """The line below a table: where, with what, by which command, and the rows themselves."""
-    parts = [result.get("cpu", result["gpu"]), f"torch {result['torch']}", f"Triton {result['triton']}",
+def provenance(result: dict, path: Path, link: Path, image: bool) -> str:
+    """The line below a table: where, with what, by which command, the rows, and the plot unless it is shown as an `image`."""
+    model = {row["model"] for row in result["rows"] if "model" in row}
+    sparsity = {row["sparsity"] for row in result["rows"] if row.get("attention") == "hash" and "sparsity" in row}
+    parts = [*(model if len(model) == 1 else []), *(f"hash reads 1/{x:g}" for x in sparsity if len(sparsity) == 1),
+             result.get("cpu", result["gpu"]), f"torch {result['torch']}", f"Triton {result['triton']}",
              f"commit {result['commit']}", result.get("date", "")]
     links = [f"[rows]({link.as_posix()})"]
-    if path.with_suffix(".png").exists():
+    if path.with_suffix(".png").exists() and not image:
         links.append(f"[plot]({link.with_suffix('.png').as_posix()})")
-    model = {row["model"] for row in result["rows"] if "model" in row}
-    if len(model) == 1:
-        parts.insert(0, *model)
-    sparsity = {row["sparsity"] for row in result["rows"] if row.get("attention") == "hash" and "sparsity" in row}
-    if len(sparsity) == 1:
-        parts.insert(1, f"hash reads 1/{sparsity.pop():g}")
     note = f" Note: {result['note']}." if "note" in result else ""
     return f"{', '.join(filter(None, parts))}; {', '.join(links)}: `{result['command']}`.{note}"
 
@@ -243,7 +241,10 @@ def tables_of(name: str, folder: Path, base: Path) -> str:
         except (LookupError, TypeError, AttributeError, StopIteration, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{path} has no rows for the table {name} ({type(error).__name__}: {error}); measure it again, or "
                             "move it elsewhere") from error
-        parts.append(f"{made}\n\n{provenance(result, path, Path(os.path.relpath(path, base)))}")
+        link = Path(os.path.relpath(path, base))
+        if table.image and path.with_suffix(".png").exists():
+            parts.append(f"![{name}]({link.with_suffix('.png').as_posix()})")
+        parts.append(f"{made}\n\n{provenance(result, path, link, table.image)}")
     return "\n\n".join([table.about, *parts]) if parts else ""
 
 

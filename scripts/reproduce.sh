@@ -54,31 +54,30 @@ speculate() {
 }
 
 parity() {
-    local bits parts=.cache/parity shapes="1x32768 8x32768" files
-    mkdir -p $parts
+    local bits folder=.cache/parity shapes="1x32768 8x32768" files
     # shellcheck disable=SC2086  # shapes are words
-    run bench.py decode --shapes $shapes --no_warm_start --json $parts/plain.json
+    run bench.py decode --shapes $shapes --no_warm_start --json $folder/plain.json
     # shellcheck disable=SC2086
     for bits in int8 int4; do
-        run bench.py decode --shapes $shapes --quantize $bits --no_warm_start --json $parts/$bits.json
+        run bench.py decode --shapes $shapes --quantize $bits --no_warm_start --json $folder/$bits.json
     done
-    files=($parts/plain.json $parts/int8.json $parts/int4.json)
+    files=($folder/plain.json $folder/int8.json $folder/int4.json)
     if [ "$(wc -l <<<"$gpus")" -gt 1 ]; then
         # shellcheck disable=SC2086
-        run -m torch.distributed.run --standalone --nproc_per_node 2 bench.py decode --shapes $shapes --json $parts/tp2.json
-        files+=($parts/tp2.json)
+        run -m torch.distributed.run --standalone --nproc_per_node 2 bench.py decode --shapes $shapes --json $folder/tp2.json
+        files+=($folder/tp2.json)
     else
         echo "tensor parallelism is left out: it needs two GPUs" >&2
     fi
     if [ -n "$MODEL" ]; then
         local answer=(generate.py --checkpoint_path "$MODEL" --prompt_file "$PROMPT" --max_new_tokens 384 --ignore_eos
             --temperature 0 --compile --no_stream)
-        run "${answer[@]}" --save $parts/dense.json
-        run "${answer[@]}" --speculate self --sparsity 32 --signatures "$SIGNATURES" --save $parts/self.json
-        files+=($parts/dense.json $parts/self.json)
+        run "${answer[@]}" --save $folder/dense.json
+        run "${answer[@]}" --speculate self --sparsity 32 --signatures "$SIGNATURES" --save $folder/self.json
+        files+=($folder/dense.json $folder/self.json)
         if [ -n "${DRAFT:-}" ]; then
-            run "${answer[@]}" --draft_checkpoint_path "$DRAFT" --save $parts/draft.json
-            files+=($parts/draft.json)
+            run "${answer[@]}" --draft_checkpoint_path "$DRAFT" --save $folder/draft.json
+            files+=($folder/draft.json)
         fi
     else
         echo "speculation with real weights is left out: it needs MODEL" >&2
