@@ -97,9 +97,10 @@ def latency_table(rows: list[dict]) -> str:
     lines = []
     for runs in by(rows, lambda row: row["context"]):
         dense, hash = (pick(runs, attention=mode) for mode in ("dense", "hash"))
-        lines.append([tokens(runs[0]["context"]), fixed(runs[0]["ttft_s"], 2), fixed(dense["ms_per_token"], 2),
-                      fixed(dense["floor_ms"], 2), fixed(hash["ms_per_token"], 2), fixed(hash["floor_ms"], 2),
-                      fixed(dense["ms_per_token"] / hash["ms_per_token"], 2, "x")])
+        gain = dense["ms_per_token"] / hash["ms_per_token"] if dense and hash else None
+        lines.append([tokens(runs[0]["context"]), fixed(runs[0]["ttft_s"], 2), fixed(dense.get("ms_per_token"), 2),
+                      fixed(dense.get("floor_ms"), 2), fixed(hash.get("ms_per_token"), 2), fixed(hash.get("floor_ms"), 2),
+                      fixed(gain, 2, "x")])
     return markdown(["prompt", "first token s", "then dense ms", "floor", "hash ms", "floor", "hash is"], lines)
 
 
@@ -125,7 +126,7 @@ def speculate_table(rows: list[dict]) -> str:
 def parity_table(rows: list[dict]) -> str:
     return markdown(["feature", "model", "batch x context", "attention", "ms per token", "without", "ratio", "note"],
                     ([row["feature"], row["model"], shape(row), row["attention"], fixed(row["ms_per_token"], 2),
-                      fixed(row["baseline_ms"], 2), fixed(row["ratio"], 2), row["note"]] for row in rows))
+                      fixed(row["baseline_ms"], 2), fixed(row["ratio"], 2), row.get("note", "")] for row in rows))
 
 
 def method(row: dict) -> str:
@@ -183,9 +184,10 @@ class Table:
 
 TABLES = {
     "attention": Table("attention*.json", "**One layer's attention**, microseconds: score, select, attend in one CUDA graph; "
-                       "random data. *Floor*: the bytes that must be read over the copy bandwidth of the same run. The last "
-                       "two columns are the papers' shapes of signature in these kernels, not the papers' own code. "
-                       "FlashInfer is not compared.", attention_table),
+                       "random data. *Floor*: the bytes that must be read over the copy bandwidth of the same run. Encoding "
+                       "includes RoPE and the append of K and V, which a dense step needs too. The last two columns are the "
+                       "papers' shapes of signature in these kernels, not the papers' own code. FlashInfer is not "
+                       "compared.", attention_table),
     "decode": Table("decode*.json", "**Whole decode steps**, random weights: the latency is what is measured. *Floor*: "
                     "weights, K, V and signatures that a step must read over the copy bandwidth.", decode_table, image=True),
     "latency": Table("latency*.json", "**From the prompt on**, batch 1, random weights: time to the first token (dense in both "
