@@ -131,7 +131,7 @@ def test_the_example_runs(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: py
     assert capsys.readouterr().out.strip()
 
     attention, length = names["model"].layers[0].attention, len(names["ids"]) + 23
-    q = torch.randn(1, attention.n_head, attention.head_dim)
+    q = torch.randn(1, attention.n_head, attention.head_dim, generator=torch.Generator().manual_seed(0))
     indices = attention.selector(q, attention.cache.k, torch.tensor([length], dtype=torch.int32))
     assert indices.shape == (1, attention.n_kv_head, 128)
     products = (q.view(1, attention.n_kv_head, -1, attention.head_dim) @ attention.cache.k.mT).amax(dim=2)[0]  # [Hkv, S]
