@@ -8,6 +8,7 @@
     python bench.py latency --json results/latency_h200.json
     python bench.py ragged --json results/ragged_h200.json
     python bench.py plot results/attention_h200.json results/decode_h200.json
+    python bench.py report --results my-results      the README's tables of your own numbers
 
 Attention times are medians of CUDA-graph replays over as many copies of the cache as it takes to read past the L2 cache, as
 the layers of a model do. A floor is the bytes that must be read over the copy bandwidth measured in the same run.
@@ -54,6 +55,7 @@ from hash_attention import (
 )
 from model import SparseSettings, Transformer
 from quant_linear import Quantization
+from report import compare, plot, print_table, report
 from speculate import Speculator
 
 MODES = {
@@ -344,7 +346,6 @@ def bench_speculate(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-# --------------------------------------------------------------------------------------------------------------- prefill
 # ---------------------------------------------------------------------------------------------- prefill, whole answers
 
 def random_prompt(model: Transformer, length: int) -> Tensor:
@@ -451,108 +452,13 @@ def bench_ragged(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------- tables and plots
-
-def print_table(rows: list[dict], header: bool) -> None:
-    def cell(value: object) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    widths = [max(len(name), 9) for name in rows[0]]
-    if header:
-        print(" ".join(name.rjust(width) for name, width in zip(rows[0], widths, strict=True)))
-    for row in rows:
-        print(" ".join(cell(value).rjust(width) for value, width in zip(row.values(), widths, strict=True)), flush=True)
-
+# --------------------------------------------------------------------------------------------------------------- command
 
 def save(path: Path, rows: list[dict]) -> None:
     result = {**environment(), "command": shlex.join(["python", *sys.argv]), "rows": rows}
     with atomic_path(path) as beside:
         beside.write_text(json.dumps(result, indent=1) + "\n")
 
-
-def plot(options: argparse.Namespace) -> None:
-    """A PNG beside every results file: stages of attention, steps by shape, or latency against context."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("plots need matplotlib; pip install matplotlib") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    for path in options.files:
-        try:
-            result = json.loads(path.read_text())
-            rows = result["rows"]
-            figure, axes = plt.subplots(figsize=(8, 4.5))
-            if "attend_us" in rows[0]:
-                plot_stages(axes, [row for row in rows if row["mode"] == "default"])
-            elif "ttft_s" in rows[0]:
-                plot_per_token(axes, rows)
-            else:
-                plot_latency(axes, rows)
-            axes.set_title(f"{result['gpu']}, torch {result['torch']}", fontsize=9)
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"cannot plot {path} ({reason}); give a file that bench.py --json wrote") from error
-        figure.tight_layout()
-        with atomic_path(path.with_suffix(".png")) as beside:
-            figure.savefig(beside, dpi=120, format="png")
-        print(path.with_suffix(".png"))
-
-
-def plot_stages(axes, rows: list[dict]) -> None:
-    names = [f"{row['batch']} x {row['context'] // 1024}K, 1/{row['sparsity']}" for row in rows]
-    left = [0.0] * len(rows)
-    for stage in ("score_us", "select_us", "attend_us"):
-        values = [row[stage] / row["dense_best_us"] for row in rows]
-        axes.barh(names, values, left=left, label=stage.removesuffix("_us"))
-        left = [a + b for a, b in zip(left, values, strict=True)]
-    axes.plot([row["floor_us"] / row["dense_best_us"] for row in rows], names, "k|", markersize=18, label="bytes / bandwidth")
-    for i, row in enumerate(rows):
-        axes.text(left[i] + 0.005, i, f"{row['total_us']:.1f} us; dense {row['dense_best_us']:.0f}", va="center", fontsize=8)
-    axes.set_xlim(0, 1.25 * max(left))
-    axes.set_xlabel("time of one layer's attention, as a share of the fastest dense kernel's")
-    axes.legend(fontsize=8)
-
-
-def plot_latency(axes, rows: list[dict]) -> None:
-    shapes = sorted({(row["batch"], row["context"]) for row in rows})
-    names = [f"{batch} x {context // 1024}K" for batch, context in shapes]
-    for mode, offset in (("dense", -0.2), ("hash", 0.2)):
-        found = {(row["batch"], row["context"]): row for row in rows if row["attention"] == mode}
-        places = [i + offset for i, shape in enumerate(shapes) if shape in found]
-        chosen = [found[shape] for shape in shapes if shape in found]
-        axes.bar(places, [row["ms_per_step"] for row in chosen], width=0.38, label=mode)
-        axes.hlines([row["floor_ms"] for row in chosen], [x - 0.19 for x in places], [x + 0.19 for x in places], "k",
-                    label="bytes / bandwidth" if mode == "hash" else None)
-        for x, row in zip(places, chosen, strict=True):
-            axes.text(x, row["ms_per_step"], f"{row['ms_per_step']:.1f}", ha="center", va="bottom", fontsize=8)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_xlabel(f"batch x context, {rows[0]['model']}, hash at 1/{max(row['sparsity'] for row in rows):g}")
-    axes.set_ylabel("ms per decode step")
-    axes.legend(fontsize=8)
-
-
-def plot_per_token(axes, rows: list[dict]) -> None:
-    for mode in ("dense", "hash"):
-        chosen = [row for row in rows if row["attention"] == mode]
-        contexts = [row["context"] for row in chosen]
-        (line,) = axes.plot(contexts, [row["ms_per_token"] for row in chosen], "o-",
-                            label=mode if mode == "dense" else f"hash, 1/{chosen[0]['sparsity']:g}")
-        axes.plot(contexts, [row["floor_ms"] for row in chosen], "--", color=line.get_color(),
-                  label=f"{mode}: bytes / bandwidth")
-        for row in chosen:
-            axes.annotate(f"{row['ms_per_token']:.1f}", (row["context"], row["ms_per_token"]), (0, 5),
-                          textcoords="offset points", ha="center", fontsize=8)
-    first = {row["context"]: row["ttft_s"] for row in rows}
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(list(first), [f"{context // 1024}K\nfirst token {seconds:.2g} s" for context, seconds in first.items()])
-    axes.set_xlabel(f"prompt tokens, {rows[0]['model']}, batch 1")
-    axes.set_ylabel("ms per token")
-    axes.legend(fontsize=8)
-
-
-# --------------------------------------------------------------------------------------------------------------- command
 
 def parse_options() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -603,13 +509,22 @@ def parse_options() -> argparse.Namespace:
     part.set_defaults(run=bench_ragged)
     part = commands.add_parser("plot", help="PNGs from results files")
     part.add_argument("files", nargs="+", type=Path)
+    part.set_defaults(run=plot)
+    part = commands.add_parser("parity", help="one results file of what each feature takes, from others")
+    part.add_argument("files", nargs="+", type=Path, help="of bench.py decode --json and generate.py --save")
+    part.add_argument("--json", type=Path, required=True)
+    part.set_defaults(run=compare)
+    part = commands.add_parser("report", help="tables in Markdown from results files")
+    part.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="the folder (default: results)")
+    part.add_argument("--write", type=Path, metavar="FILE", help="put them between the markers of this file; default: print")
+    part.set_defaults(run=report)
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_options()
-    if options.command == "plot":
-        plot(options)
+    if options.command in ("plot", "parity", "report"):  # these only read files
+        options.run(options)
         return
     if not torch.cuda.is_available():
         raise UserError("bench.py measures a GPU and this machine has none; run it where torch.cuda.is_available()")

@@ -1,6 +1,7 @@
 """What every command shares: one-line errors, files that are never half-written, facts about the machine."""
 import argparse
 import contextlib
+import datetime
 import os
 import shutil
 import subprocess
@@ -92,7 +93,7 @@ def can_compile(device: str) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """Where a result was measured: GPU (or CPU), torch, triton and the commit, for every results file."""
+    """Where and when a result was measured: GPU (or CPU), torch, triton, commit and day (UTC), for every results file."""
     try:
         import triton
         triton_version = triton.__version__
@@ -106,4 +107,5 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton_version,
         "commit": git.stdout.strip() or os.environ.get("HASHFAST_COMMIT", "unknown"),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }

@@ -46,9 +46,9 @@ from common import (
     run_command,
 )
 from decode import Decoder, Sampling, prefill
-from generate import read_text
 from model import Transformer
 from needles import TASKS, Needle, make_needle
+from prompts import read_text
 from token_selectors import SELECTORS, Method, Selector, dot_products, make_methods
 from tokenizer import Tokenizer
 

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from checkpoint import QUANT_METHOD, load_model, load_quantization, plan_loading, read_tensors
 from common import Parser, UserError, check_device, default_device, run_command
-from generate import read_text
 from model import Transformer
 from prompt_attention import causal_attention
+from prompts import read_text
 from quant_linear import GROUPSIZES, Quantization, is_int8, quantize_int4, quantize_int8
 from tokenizer import Tokenizer
 

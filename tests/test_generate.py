@@ -18,9 +18,10 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import generate
 from checkpoint import PRESETS, load_model
-from generate import NewText, Sampling, Session, parse_options, sample, sparse_settings
+from generate import Sampling, Session, parse_options, sample, sparse_settings
 from hash_attention import Fingerprint, HashConfig, random_encoders, save_signatures
 from model import ModelArgs, SparseSettings, Transformer
+from prompts import NewText
 from tokenizer import Tokenizer
 
 SCRIPT = Path(generate.__file__)

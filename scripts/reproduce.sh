@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Measure the results again: each part writes its files and plots in results/, and at the end README's tables are made anew.
+# usage: bash scripts/reproduce.sh {attention,decode,prefill,speculate,parity,quality,all}...
+#
+# It needs an NVIDIA GPU (for the figures as they stand, an H200) and the environment that scripts/quickstart.sh made; with
+# PYTHON=python3 it uses one of yours. attention, decode, prefill and speculate need nothing else: their weights are random.
+#   parity    two GPUs for tensor parallelism, left out with a line where there is one; for speculation MODEL and PROMPT
+#   quality   BOOKS; for everything at 32K tokens MODEL as well
+#   BOOKS     a folder of long .txt files (32K tokens for MODEL) that no signature was trained on
+#   MODEL     a checkpoint folder made for 32K tokens (python scripts/download.py Qwen/Qwen2.5-Coder-1.5B-Instruct --out ...)
+#   SIGNATURES  its signatures (python train_hash.py); default: weights/<the folder's name>.safetensors
+#   PROMPT    a text file of about 31,000 of its tokens;  DRAFT: a smaller checkpoint of the same vocabulary
+#   RESULTS   another folder than results/; README is then left alone
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PYTHON=${PYTHON:-.venv/bin/python}
+RESULTS=${RESULTS:-results}
+gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null || true)
+name=$(head -n 1 <<<"$gpus" | sed 's/^NVIDIA //' | tr 'A-Z ' 'a-z-')
+name=${name:-gpu} # h200
+small=checkpoints/smollm2-135m-instruct
+MODEL=${MODEL:-}
+SIGNATURES=${SIGNATURES:-weights/$(basename "${MODEL:-none}").safetensors}
+
+die() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+run() {
+    echo "+ $*" >&2
+    "$PYTHON" "$@"
+}
+
+attention() {
+    run bench.py attention --json "$RESULTS/attention_$name.json"
+    run bench.py plot "$RESULTS/attention_$name.json"
+}
+
+decode() {
+    run bench.py decode --json "$RESULTS/decode_$name.json"
+    run bench.py latency --json "$RESULTS/latency_$name.json"
+    run bench.py ragged --json "$RESULTS/ragged_$name.json"
+    run bench.py plot "$RESULTS/decode_$name.json" "$RESULTS/latency_$name.json"
+}
+
+prefill() {
+    run bench.py prefill --json "$RESULTS/prefill_$name.json"
+}
+
+speculate() {
+    run bench.py speculate --json "$RESULTS/speculate_$name.json"
+}
+
+parity() {
+    local bits folder=.cache/parity shapes="1x32768 8x32768" files
+    # shellcheck disable=SC2086  # shapes are words
+    run bench.py decode --shapes $shapes --no_warm_start --json $folder/plain.json
+    # shellcheck disable=SC2086
+    for bits in int8 int4; do
+        run bench.py decode --shapes $shapes --quantize $bits --no_warm_start --json $folder/$bits.json
+    done
+    files=($folder/plain.json $folder/int8.json $folder/int4.json)
+    if [ "$(wc -l <<<"$gpus")" -gt 1 ]; then
+        # shellcheck disable=SC2086
+        run -m torch.distributed.run --standalone --nproc_per_node 2 bench.py decode --shapes $shapes --json $folder/tp2.json
+        files+=($folder/tp2.json)
+    else
+        echo "tensor parallelism is left out: it needs two GPUs" >&2
+    fi
+    if [ -n "$MODEL" ]; then
+        local answer=(generate.py --checkpoint_path "$MODEL" --prompt_file "$PROMPT" --max_new_tokens 384 --ignore_eos
+            --temperature 0 --compile --no_stream)
+        run "${answer[@]}" --save $folder/dense.json
+        run "${answer[@]}" --speculate self --sparsity 32 --signatures "$SIGNATURES" --save $folder/self.json
+        files+=($folder/dense.json $folder/self.json)
+        if [ -n "${DRAFT:-}" ]; then
+            run "${answer[@]}" --draft_checkpoint_path "$DRAFT" --save $folder/draft.json
+            files+=($folder/draft.json)
+        fi
+    else
+        echo "speculation with real weights is left out: it needs MODEL" >&2
+    fi
+    run bench.py parity "${files[@]}" --json "$RESULTS/parity_$name.json"
+}
+
+quality() {
+    run scripts/fetch_quickstart.py
+    run eval.py ppl --checkpoint_path $small --signatures weights/smollm2-135m-instruct.safetensors --data "$BOOKS"/*.txt \
+        --context 8192 --last 512 --ratios 16 32 64 --compile --json "$RESULTS/quality_ppl.json"
+    if [ -z "$MODEL" ]; then
+        echo "quality at 32K tokens is left out: it needs MODEL" >&2
+        return
+    fi
+    local judge=(--checkpoint_path "$MODEL" --signatures "$SIGNATURES" --data "$BOOKS"/*.txt)
+    run eval.py ppl "${judge[@]}" --context 32768 --last 1024 --selector hash oracle_group quest streaming --ratios 16 32 \
+        --json "$RESULTS/quality_ppl_32k.json"
+    run eval.py needles "${judge[@]}" --context 32768 --batch_size 16 --samples 16 --ratios 16 32 \
+        --selector hash oracle_group quest double_sparsity streaming --json "$RESULTS/quality_needles.json"
+    run eval.py grid "${judge[@]}" --batch_size 20 --ratios 16 --json "$RESULTS/needle_grid.json"
+}
+
+parts=" attention decode prefill speculate parity quality "
+[ $# -gt 0 ] || die "say what to measure: one or more of${parts}all"
+for part in "$@"; do
+    case $part in quality | all)
+        [ -d "${BOOKS:-}" ] || die "quality needs BOOKS=a folder of long .txt files that no signature was trained on" ;;
+    esac
+    case $part in parity | all)
+        [ -z "$MODEL" ] || [ -f "${PROMPT:-}" ] || die "MODEL's speculation needs PROMPT=a text file of about 31,000 tokens" ;;
+    esac
+    [ "$part" = all ] || [[ $parts == *" $part "* ]] || die "no part $part; there are${parts}all"
+done
+for part in "$@"; do
+    # shellcheck disable=SC2086  # parts are words
+    if [ "$part" = all ]; then for each in $parts; do $each; done; else $part; fi
+done
+if [ "$RESULTS" = results ]; then run bench.py report --write README.md; else run bench.py report --results "$RESULTS"; fi

@@ -1,0 +1,192 @@
+"""README holds what it says: its tables are the results', its commands parse, its files are there, its example runs."""
+import importlib
+import json
+import os
+import re
+import shlex
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import Parser
+from report import MARKED, TABLES, fill
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+RESULTS = sorted((ROOT / "results").glob("*.json"))
+MOST_LINES = 600
+
+# Figures in README's own words: what papers claim (abstracts of arXiv 2412.14468 and 2506.02572; LongBench: the first one's
+# evaluation), and versions. Every other figure stands in a table between markers.
+CLAIMS = {"4.3x", "2.54x", "3.12x", "48.78", "48.00", "7.2x"}
+VERSIONS = {"3.10", "2.11", "3.6", "2.13", "Llama-3.1-8B", "Apache-2.0"}
+EXPLAINED = {"2x"}  # an example of how to read "hash is"
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The commands of shell code, as words; comments left out, continued lines joined."""
+    lines = (shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines())
+    return [words for words in lines if words]
+
+
+SHELL = [words for page in PAGES.values() for block in blocks(page, "bash") for words in commands(block)]
+
+
+class Parsed(Exception):
+    """A command line was understood; what it would do is not done."""
+
+
+def parse(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    """Let the script in `words` parse the flags behind it, as it would when started."""
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script, flags = ROOT / words[at], words[at + 1:]
+    assert script.is_file(), f"{words[at]} is not there"
+    if "Parser(" not in script.read_text():
+        assert not flags, f"{words[at]} takes no flags"
+        return
+    original = Parser.parse_args
+
+    def parse_args(self: Parser, *args: object) -> None:
+        original(self, *args)
+        raise Parsed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "argv", [words[at], *flags])
+        patched.setattr(Parser, "parse_args", parse_args)
+        with pytest.raises(Parsed):
+            importlib.import_module(script.stem).main()
+
+
+def test_tables_are_those_of_the_results() -> None:
+    assert fill(README, ROOT / "results", ROOT) == README, "run: python bench.py report --write README.md"
+    assert sorted(match[2] for match in MARKED.finditer(README)) == sorted(TABLES)
+
+
+def test_results_are_cited() -> None:
+    notes = (ROOT / "results" / "NOTES.md").read_text(encoding="utf-8")
+    assert RESULTS
+    for path in RESULTS:
+        assert f"(results/{path.name})" in README or path.name in notes, f"README and NOTES leave out {path.name}"
+        about = json.loads(path.read_text())
+        assert {"gpu", "torch", "triton", "commit", "command", "rows"} <= about.keys()
+
+
+def test_figures_have_a_source() -> None:
+    """Outside of generated tables and code only claims of papers and versions are figures."""
+    text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", " ", MARKED.sub("", README), flags=re.DOTALL)
+    text = re.sub(r"arXiv \[[\d.]+", " ", text)
+    found = set(re.findall(r"[\w.-]*\d+\.\d+[\w-]*|\b\d+x\b|\d+ ?%|\d+ (?:ms|us|GiB|tok/s|GB/s|TFLOP/s)\b", text))
+    assert found == CLAIMS | VERSIONS | EXPLAINED
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_are_there(page: str) -> None:
+    text = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
+    linked = {link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")}
+    named = set(re.findall(r"(?<!-)\b((?:\w+/)*\w+\.(?:py|sh|md|cff))\b", text))
+    assert named
+    for name in linked | named:
+        assert (ROOT / name).exists(), f"{page} names {name}"
+
+
+@pytest.mark.parametrize("words", SHELL, ids=" ".join)
+def test_commands(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if words[0] in ("python", "torchrun"):
+        parse(monkeypatch, words)
+    elif words[0] == "bash":
+        script = ROOT / words[1]
+        assert script.is_file()
+        if script.name == "reproduce.sh":
+            (usage,) = re.findall(r"^# usage: .*\{(.*)\}", script.read_text(), re.MULTILINE)
+            assert words[2:] and set(words[2:]) <= set(usage.split(","))
+    else:
+        assert words == ["source", ".venv/bin/activate"]
+    made = {after for other in SHELL for flag, after in zip(other, other[1:], strict=False) if flag in ("--out", "--json")}
+    for word in words:
+        if word.startswith(("weights/", "results/", "scripts/")):
+            assert word in made or (ROOT / word).exists(), f"{word} is not there and nothing makes it"
+
+
+def test_the_example_runs(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                          capsys: pytest.CaptureFixture) -> None:
+    """The selector of "Change it", as it stands there, on a tiny model: it is what decodes, and it chooses what it says."""
+    (code,) = blocks(README, "python")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "smollm2-135m-instruct").symlink_to(tiny_checkpoint)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "alice29.txt").write_text("Alice was beginning to get very tired. " * 40)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert capsys.readouterr().out.strip()
+
+    attention, length = names["model"].layers[0].attention, len(names["ids"]) + 23
+    q = torch.randn(1, attention.n_head, attention.head_dim, generator=torch.Generator().manual_seed(0))
+    indices = attention.selector(q, attention.cache.k, torch.tensor([length], dtype=torch.int32))
+    assert indices.shape == (1, attention.n_kv_head, 128)
+    products = (q.view(1, attention.n_kv_head, -1, attention.head_dim) @ attention.cache.k.mT).amax(dim=2)[0]  # [Hkv, S]
+    for head, chosen in zip(products, indices[0].long(), strict=True):
+        middle = head[16:length - 32].topk(128 - 16 - 32).indices + 16
+        assert set(chosen.tolist()) == {*range(16), *range(length - 32, length), *middle.tolist()}
+
+
+@pytest.fixture
+def reproduce(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """reproduce(part, NAME=value) runs the script with an `echo` in Python's place, on a machine of two H200s."""
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\necho NVIDIA H200\necho NVIDIA H200\n")
+    smi.chmod(smi.stat().st_mode | stat.S_IXUSR)
+    plain = {name: value for name, value in os.environ.items() if name not in ("BOOKS", "MODEL", "PROMPT", "DRAFT", "RESULTS",
+                                                                                "SIGNATURES")}
+
+    def run(*parts: str, **variables: object) -> subprocess.CompletedProcess:
+        path = f"{smi.parent}{os.pathsep}{os.environ['PATH']}"
+        changed = {name: str(value) for name, value in variables.items()}
+        return subprocess.run(["bash", ROOT / "scripts" / "reproduce.sh", *parts], capture_output=True, text=True, check=False,
+                              env={**plain, "PATH": path, "PYTHON": "echo", **changed})
+    return run
+
+
+def test_reproduce(reproduce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of every part parses, and together they write every results file but the quickstart's."""
+    text = tmp_path / "books" / "long.txt"
+    text.parent.mkdir()
+    text.write_text("Long.")
+    ran = reproduce("all", BOOKS=text.parent, MODEL="checkpoints/large", DRAFT="checkpoints/small", PROMPT=text)
+    assert ran.returncode == 0, ran.stderr
+    lines = [line.split() for line in ran.stdout.splitlines()]
+    for words in lines:
+        parse(monkeypatch, words)
+    written = {words[words.index("--json") + 1] for words in lines if "--json" in words}
+    for path in RESULTS:
+        assert f"results/{path.name}" in written or path.name.startswith("quickstart"), f"nothing writes {path.name}"
+    assert lines[-1] == ["bench.py", "report", "--write", "README.md"]
+
+    elsewhere = reproduce("attention", RESULTS=tmp_path / "mine")
+    assert elsewhere.stdout.splitlines()[-1] == f"bench.py report --results {tmp_path / 'mine'}"
+    for part, model in (("tea", ""), ("", ""), ("quality", ""), ("all", ""), ("parity", "checkpoints/large")):
+        ran = reproduce(*part.split(), MODEL=model)
+        assert ran.returncode == 2 and ran.stdout == "" and ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1
+
+
+def test_no_file_is_long() -> None:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("scripts/*")]:
+        if path.is_file():
+            count = len(path.read_text(encoding="utf-8").splitlines())
+            assert count <= MOST_LINES, f"{path.relative_to(ROOT)} has {count} lines"
+
+
+def test_the_package_names_every_module() -> None:
+    listed = re.search(r"py-modules = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)[1]
+    assert re.findall(r'"(\w+)"', listed) == sorted(path.stem for path in ROOT.glob("*.py"))
