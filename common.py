@@ -99,13 +99,16 @@ def environment() -> dict[str, str]:
         triton_version = triton.__version__
     except ImportError:
         triton_version = "none"
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
-                         check=False, capture_output=True, text=True)
+    commit = os.environ.get("HASHFAST_COMMIT")  # of a copy without its history
+    if commit is None:
+        here = Path(__file__).parent
+        git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
+                             check=False, capture_output=True, text=True)
+        commit = git.stdout.strip() or "unknown"
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none (CPU)",
         "torch": torch.__version__,
         "triton": triton_version,
-        "commit": git.stdout.strip() or os.environ.get("HASHFAST_COMMIT", "unknown"),
+        "commit": commit,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
