@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tp
-from checkpoint import PRESETS, random_model
+from checkpoint import PRESETS, load_model, random_model
 from common import Parser, UserError, atomic_path, environment
 from decode import (
     PREFILL_CHUNK,
@@ -261,8 +261,14 @@ def bench_decode(model: Transformer, name: str, batch: int, context: int, mode: 
 
 def decode(options: argparse.Namespace) -> list[dict]:
     """Rows of bench_decode. compile_s of the first row of a kind is a cold start where Inductor's cache is empty."""
-    quantization = Quantization(options.quantize) if options.quantize else None
-    model = random_model(options.model, "cuda", torch.bfloat16, quantization=quantization)
+    name = options.model
+    if options.checkpoint_path is not None:
+        if options.quantize:
+            raise UserError("--quantize is of random weights; give --checkpoint_path a folder that quantize.py made")
+        name, model = options.checkpoint_path.resolve().name, load_model(options.checkpoint_path, "cuda", torch.bfloat16)
+    else:
+        quantization = Quantization(options.quantize) if options.quantize else None
+        model = random_model(options.model, "cuda", torch.bfloat16, quantization=quantization)
     bandwidth = copy_bandwidth()
     if tp.size() > 1 and not options.nccl:
         batch = max(int(shape.split("x")[0]) for shape in options.shapes)
@@ -272,7 +278,7 @@ def decode(options: argparse.Namespace) -> list[dict]:
         batch, context = map(int, shape.split("x"))
         for mode in options.attention:
             try:
-                row = bench_decode(model, options.model, batch, context, mode, options.sparsity, bandwidth, options.steps)
+                row = bench_decode(model, name, batch, context, mode, options.sparsity, bandwidth, options.steps)
             except torch.OutOfMemoryError:
                 if tp.size() > 1:
                     raise  # another rank may have had enough, and be in the middle of a step
@@ -292,7 +298,8 @@ def warm_start(options: argparse.Namespace, shape: str, mode: str) -> float:
         path = Path(folder) / "rows.json"
         subprocess.run([sys.executable, __file__, "decode", "--model", options.model, "--shapes", shape, "--attention", mode,
                         "--sparsity", str(options.sparsity), "--steps", "8", "--no_warm_start", "--json", str(path),
-                        *(["--quantize", options.quantize] if options.quantize else [])],
+                        *(["--quantize", options.quantize] if options.quantize else []),
+                        *(["--checkpoint_path", str(options.checkpoint_path)] if options.checkpoint_path else [])],
                        capture_output=True, check=True)
         return json.loads(path.read_text())["rows"][0]["compile_s"]
 
@@ -471,6 +478,7 @@ def parse_options() -> argparse.Namespace:
     part.set_defaults(run=attention)
     part = commands.add_parser("decode", help="whole decode steps")
     part.add_argument("--model", default="llama-3.1-8b", choices=PRESETS, help="preset, random weights")
+    part.add_argument("--checkpoint_path", type=Path, help="a model of real weights instead")
     part.add_argument("--shapes", nargs="+", default=["1x32768", "1x131072", "8x32768", "4x131072", "16x32768"],
                       help="batch x context")
     part.add_argument("--attention", nargs="+", choices=("dense", "hash"), default=["dense", "hash"])

@@ -115,7 +115,7 @@ class Judge:
         for attention, selector in zip(self.attentions, run.method.layers, strict=True):
             attention.selector = selector
             if selector is not None:
-                selector.budget = run.budget
+                selector.set_budget(run.budget, self.context)
         return run.decoder
 
     @torch.inference_mode()
@@ -401,7 +401,7 @@ class Probe(Selector):
         counted = ~best.values.isneginf()
         mass, recall = [], []
         for selector, budget in self.chosen_by:
-            selector.budget = budget
+            selector.set_budget(budget, k.shape[2])
             indices = selector(q, k, seq_lens).long()
             chosen = torch.zeros(*indices.shape[:2], k.shape[2] + 1, dtype=torch.bool, device=k.device)
             chosen = chosen.scatter(-1, indices.masked_fill(indices < 0, k.shape[2]), True)[..., :-1]

@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from budgets import budgets_for
 from common import UserError
 from hash_attention import HashConfig, HashEncoder, load_signatures, random_encoders, select_tokens
 from model import Attention, Transformer
 
-SELECTORS = ("dense", "hash", "oracle", "oracle_group", "streaming", "quest", "double_sparsity", "lsh", "random")
+SELECTORS = ("dense", "hash", "hash_calibrated", "oracle", "oracle_group", "streaming", "quest", "double_sparsity", "lsh",
+             "random")
 PAGE = 16  # tokens per page of Quest
 
 
@@ -54,6 +56,10 @@ class Selector(nn.Module):
         super().__init__()
         self.budget, self.sink, self.recent = 0, sink, recent
 
+    def set_budget(self, budget: int, context: int) -> None:
+        """Tokens that the layers attend to on average from now on, in texts of `context` tokens."""
+        self.budget = budget
+
     def build(self, k: Tensor, row: int, length: int) -> None:
         """Summarise the prompt of sequence `row`, the first `length` > 0 of its keys. k [B, Hkv, S, D].
 
@@ -85,8 +91,31 @@ class Hash(Selector):
     def forward(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
         batch, newest = torch.arange(len(q), device=q.device), seq_lens.long() - 1
         self.signatures[batch, :, newest] = self.encoder.encode_keys(k[batch, :, newest][:, :, None])[:, :, 0]
-        return select_tokens(self.encoder.encode_queries(q), self.signatures, seq_lens, min(self.budget, k.shape[2]), self.sink,
-                             self.recent, shift=self.encoder.shift)
+        return self.select(self.encoder.encode_queries(q), seq_lens, min(self.budget, k.shape[2]))
+
+    def select(self, planes: Tensor, seq_lens: Tensor, K: int) -> Tensor:
+        return select_tokens(planes, self.signatures, seq_lens, K, self.sink, self.recent, shift=self.encoder.shift)
+
+
+class CalibratedHash(Hash):
+    """`Hash` with the budgets that its signatures were calibrated to give this layer's heads (budgets.py)."""
+
+    def __init__(self, sink: int, recent: int, encoder: HashEncoder, k: Tensor, about: dict, layer: int,
+                 dense_layers: int) -> None:
+        super().__init__(sink, recent, encoder, k)
+        self.about, self.layer, self.dense_layers = about, layer, dense_layers
+        self.heads: dict[int, Tensor] = {}  # by budget: a captured step goes on reading its own
+
+    def set_budget(self, budget: int, context: int) -> None:
+        heads = (context,) * self.encoder.n_signature_head
+        if budget < context:
+            heads = budgets_for(self.about, budget, context, self.sink + self.recent, self.dense_layers)[self.layer]
+        if budget not in self.heads:
+            self.heads[budget] = torch.tensor(heads, dtype=torch.int32, device=self.signatures.device).clamp(max=context)
+        self.now, self.budget = self.heads[budget], max(heads)
+
+    def select(self, planes: Tensor, seq_lens: Tensor, K: int) -> Tensor:
+        return select_tokens(planes, self.signatures, seq_lens, self.now, self.sink, self.recent, K, self.encoder.shift)
 
 
 class Oracle(Selector):
@@ -229,8 +258,8 @@ class Method:
 
 def make_methods(names: list[str], model: Transformer, sink: int, recent: int, signatures: list[Path], lsh_bits: int,
                  dense_layers: int, seed: int) -> list[Method]:
-    """The methods of these names over the model's present caches; "hash" once for each signatures file."""
-    if "hash" in names and not signatures:
+    """The methods of these names over the model's present caches; those by hash once for each signatures file."""
+    if {"hash", "hash_calibrated"} & set(names) and not signatures:
         raise UserError("--selector hash needs --signatures FILE; train one with train_hash.py, or choose lsh")
     caches = [layer.attention.cache.k for layer in model.layers]
     dense = [None] * min(dense_layers, len(caches))
@@ -252,6 +281,12 @@ def make_methods(names: list[str], model: Transformer, sink: int, recent: int, s
             for path in signatures:
                 encoders, about = load_signatures(path, fingerprint)
                 add_hash(name, about.get("recipe", "unknown"), encoders)
+        elif name == "hash_calibrated":
+            for path in signatures:
+                encoders, about = load_signatures(path, fingerprint)
+                layers = [CalibratedHash(sink, recent, encoder.to(k.device), k, about, i, len(dense))
+                          for i, (encoder, k) in enumerate(zip(encoders, caches, strict=True))]
+                add(name, layers, about.get("recipe", "unknown"), encoders[0].config)
         elif name == "lsh":
             add_hash(name, "random", random_encoders(HashConfig(bits=lsh_bits), fingerprint, seed))
         elif name == "streaming":

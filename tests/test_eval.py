@@ -36,7 +36,9 @@ def files(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     from checkpoint import load_model
     fingerprint = load_model(tiny_checkpoint, "cpu", torch.float32).fingerprint()
     for name, config in {"kv": HashConfig(), "query": HashConfig(query_bits=1, depth=2, share="query")}.items():
-        save_signatures(folder / f"{name}.safetensors", random_encoders(config, fingerprint, 1), fingerprint, {"recipe": name})
+        heads = config.signature_heads(fingerprint.n_head, fingerprint.n_kv_head)
+        about = {"recipe": name, "budgets": {"8": [[1.5] * heads, [0.5] * heads]}}
+        save_signatures(folder / f"{name}.safetensors", random_encoders(config, fingerprint, 1), fingerprint, about)
     return {"model": tiny_checkpoint, "text": folder / "prose.txt", "kv": folder / "kv.safetensors",
             "query": folder / "query.safetensors"}
 
@@ -58,7 +60,7 @@ def ragged(judge: Judge) -> tuple[list[torch.Tensor], list[int]]:
 
 def test_ppl_rows_and_a_whole_budget_loses_nothing(files: dict[str, Path]) -> None:
     rows = list(eval.ppl(options(files, "ppl", "--selector", *SELECTORS, "--ratios", "1", "8")))
-    assert len(rows) == 1 + 2 * len(SELECTORS)  # dense once, hash from two files
+    assert len(rows) == 1 + 2 * (len(SELECTORS) + 1)  # dense once, hash and hash_calibrated from two files
     fields = {"model", "context", "selector", "recipe", "bits", "query_bits", "share", "ratio", "budget", "bytes_per_token",
               "ppl_ratio", "per_text"}
     for row in rows:
@@ -286,10 +288,12 @@ def test_recall(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monk
                     "--json", str(tmp_path / "recall.json"))
     rows = run_main(given, monkeypatch)
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
-    assert len(rows) == 2 * len(SELECTORS)
+    assert len(rows) == 2 * (len(SELECTORS) + 1)
     mass = {(row["selector"], row["recipe"]): torch.tensor(row["mass_by_head"]) for row in rows if row["ratio"] == 8}
     oracle = mass.pop(("oracle", None))
     assert oracle.shape == (2, 2)
+    # its heads have budgets of their own
+    mass = {name: share for name, share in mass.items() if name[0] != "hash_calibrated"}
     for name, share in mass.items():
         assert (share <= oracle + 1e-6).all(), name
         if name[0] not in ("oracle_group",) and name[1] != "query" and name[0] not in ("quest", "double_sparsity"):

@@ -3,10 +3,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hash_attention import HashConfig, random_encoders
+from hash_attention import Fingerprint, HashConfig, random_encoders
 from model import Attention, KVCache, ModelArgs
 from token_selectors import (
     PAGE,
+    CalibratedHash,
     DoubleSparsity,
     Hash,
     Oracle,
@@ -26,7 +27,6 @@ NAMES = ("hash", "hash_query", "oracle", "oracle_group", "streaming", "quest", "
 
 def make(name: str, k: torch.Tensor) -> Selector:
     if name.startswith("hash"):
-        from hash_attention import Fingerprint
         config = HashConfig(share="query" if name == "hash_query" else "kv")
         return Hash(SINK, RECENT, random_encoders(config, Fingerprint(1, HQ, HKV, D, 1e4, 10))[0], k)
     if name == "double_sparsity":
@@ -249,3 +249,28 @@ def test_bytes_per_token() -> None:
     wanted = {"hash": 4, "hash_query": 4 * HQ / HKV, "oracle": 2 * D, "oracle_group": 2 * D, "streaming": 0, "quest": D / 4,
               "double_sparsity": D / 4, "random": 0}
     assert {name: make(name, k).bytes_per_token for name in NAMES} == wanted
+
+
+def test_calibrated_budgets_are_spread_over_layers_and_heads(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    """The mean over layers and heads is the budget, and a head's tokens are the best of its own number."""
+    q, k, lengths = tensors
+    budget, about = SINK + RECENT + 3 * 64, {"budgets": {"2": [[0.0, 2.0], [1.5, 0.5]]}}
+    encoder = random_encoders(HashConfig(), Fingerprint(1, HQ, HKV, D, 1e4, 10))[0]
+    counts = []
+    for layer in range(2):
+        selector = CalibratedHash(SINK, RECENT, encoder, torch.zeros(B, HKV, 1000, D), about, layer, 0)
+        selector.set_budget(budget, 1000)
+        keys = torch.randn(B, HKV, 1000, D, generator=torch.Generator().manual_seed(layer))
+        for row in range(B):
+            selector.build(keys, row, 999)
+        indices = selector(q, keys, torch.full_like(lengths, 1000))  # [B, Hs, K]
+        counts.append((indices >= 0).sum(dim=-1))
+        even = Hash(SINK, RECENT, encoder, keys)
+        for head in range(HKV):
+            even.signatures.copy_(selector.signatures)
+            even.set_budget(int(counts[-1][0, head]), 1000)
+            alone = even(q, keys, torch.full_like(lengths, 1000))[:, head].sort().values
+            chosen = indices[:, head].sort(descending=True).values[:, :alone.shape[1]].sort().values
+            assert torch.equal(alone, chosen)
+    counts = torch.stack(counts)  # [2, B, Hs]
+    assert (counts.float().mean(dim=(0, 2)) == budget).all() and counts.unique().numel() == 4
