@@ -106,13 +106,30 @@ def _int4_mantissas(w):
 
 
 @triton.jit
-def _int8_row_kernel(x, weight, scale, out, N, K, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
+def _four_inputs(x, word, inside, PACKED: tl.constexpr):
+    """x [K] -> x[4 word + i] for i = 0 .. 3, float32 and zero where not `inside`.
+
+    PACKED: four of 16 bits as one int64, which keeps every number with the thread that has its weight.
+    """
+    values = ()
+    if PACKED:
+        four = tl.load(x.to(tl.pointer_type(tl.int64), bitcast=True) + word, mask=inside, other=0)
+        for i in tl.static_range(4):
+            values += ((four >> 16 * i).to(tl.int16).to(x.dtype.element_ty, bitcast=True).to(tl.float32),)
+    else:
+        for i in tl.static_range(4):
+            values += (tl.load(x + 4 * word + i, mask=inside, other=0.0).to(tl.float32),)
+    return values
+
+
+@triton.jit
+def _int8_row_kernel(x, weight, scale, out, N, K, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
     """x [K], weight [N, K] as int32 [N, K / 4] -> out [N]. A thread takes 8 inputs, 16 bytes of x, of BLOCK_N outputs."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     unit = tl.arange(0, BLOCK_U)[None, :, None]
+    word = 2 * unit + tl.arange(0, 2)[None, None, :]
     units = K // 8
-    weight += tl.minimum(n, N - 1).to(tl.int64)[:, None, None] * (2 * units) + 2 * unit + tl.arange(0, 2)[None, None, :]
-    x += 8 * unit + tl.arange(0, 8)[None, None, :]
+    weight += tl.minimum(n, N - 1).to(tl.int64)[:, None, None] * (2 * units) + word
     w = tl.load(weight, mask=unit < units, other=0)
     s = tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)
     after_previous()
@@ -121,10 +138,7 @@ def _int8_row_kernel(x, weight, scale, out, N, K, BLOCK_N: tl.constexpr, BLOCK_U
     for first in range(0, units, BLOCK_U):
         beyond = first + BLOCK_U
         following = tl.load(weight + 2 * beyond, mask=beyond + unit < units, other=0)
-        inputs = tl.load(x + 8 * first, mask=first + unit < units, other=0.0).to(tl.float32)
-        even, odd = tl.split(tl.reshape(inputs, [1, BLOCK_U, 2, 2, 2]))  # bytes 0 and 2, 1 and 3 of the two words
-        x0, x2 = tl.split(even)
-        x1, x3 = tl.split(odd)
+        x0, x1, x2, x3 = _four_inputs(x, 2 * first + word, first + unit < units, PACKED)
         ones += (x0 + x1) + (x2 + x3)
         w0, w1, w2, w3 = _int8_mantissas(w)
         total += w0 * x0
@@ -134,15 +148,6 @@ def _int8_row_kernel(x, weight, scale, out, N, K, BLOCK_N: tl.constexpr, BLOCK_U
         w = following
     value = 256 * s * tl.sum(tl.sum(total - 1.5 * ones, axis=2), axis=1)
     tl.store(out + n, value.to(out.dtype.element_ty), mask=n < N)
-
-
-@triton.jit
-def _quarters(t, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
-    """[BLOCK_N, BLOCK_U, 4] -> four tensors [BLOCK_N, BLOCK_U]: one sum for all needs fewer registers than one for each."""
-    even, odd = tl.split(tl.reshape(t, [BLOCK_N, BLOCK_U, 2, 2]))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
 
 
 @triton.jit
@@ -172,25 +177,21 @@ def _int4_row_kernel(x, weight, scale, zero, out, N, K, GROUPSIZE: tl.constexpr,
         next_s = tl.load(scale + beyond // (GROUPSIZE // 32), mask=beyond < units, other=0.0)
         next_z = tl.load(zero + beyond // (GROUPSIZE // 32), mask=beyond < units, other=0.0)
         here = (first + unit)[:, :, None]
+        even = tl.zeros([1, BLOCK_U, 4], tl.float32)  # of the inputs 4 i + word, of even and of odd i
+        odd = tl.zeros([1, BLOCK_U, 4], tl.float32)
         inputs = ()
-        for i in tl.static_range(8):
-            value = tl.load(x + 32 * here + 4 * i + word, mask=here < units, other=0.0).to(tl.float32)
-            inputs += (_quarters(value, 1, BLOCK_U),)
-        even = tl.zeros([1, BLOCK_U], tl.float32)
-        odd = tl.zeros([1, BLOCK_U], tl.float32)
         for i in tl.static_range(0, 8, 2):
-            for j in tl.static_range(4):
-                even += inputs[i][j]
-                odd += inputs[i + 1][j]
-        products = tl.broadcast_to(-16 * even - odd, [BLOCK_N, BLOCK_U])
-        words = _quarters(w, BLOCK_N, BLOCK_U)
-        for j in tl.static_range(4):
-            integers = _int4_mantissas(words[j])
-            for i in tl.static_range(0, 8, 2):
-                products += integers[i] * (16 * inputs[i][j])
-                products += integers[i + 1] * inputs[i + 1][j]
-        scaled += s.to(tl.float32) * products
-        offset += z.to(tl.float32) * (even + odd)
+            first_of_two = 16 * tl.load(x + 32 * here + 4 * i + word, mask=here < units, other=0.0).to(tl.float32)
+            second = tl.load(x + 32 * here + 4 * i + 4 + word, mask=here < units, other=0.0).to(tl.float32)
+            even += first_of_two
+            odd += second
+            inputs += (first_of_two, second)
+        products = tl.broadcast_to(-even - odd, [BLOCK_N, BLOCK_U, 4])
+        integers = _int4_mantissas(w)
+        for i in tl.static_range(8):
+            products += integers[i] * inputs[i]
+        scaled += s.to(tl.float32) * tl.sum(products, axis=2)
+        offset += z.to(tl.float32) * tl.sum(even / 16 + odd, axis=2)
         w, s, z = next_w, next_s, next_z
     tl.store(out + n, tl.sum(16 * scaled + offset, axis=1).to(out.dtype.element_ty), mask=n < N)
 
@@ -353,8 +354,8 @@ def _launch_int8_row(x: Tensor, weight: Tensor, scale: Tensor, *, block_n: int, 
     N, K = weight.shape
     out = torch.empty((1, N), dtype=x.dtype, device=x.device)
     _int8_row_kernel[(triton.cdiv(N, block_n),)](
-        x, weight.view(torch.int32), scale, out, N, K, BLOCK_N=block_n, BLOCK_U=block_u, num_warps=num_warps,
-        launch_pdl=DEPENDENT_LAUNCH)
+        x, weight.view(torch.int32), scale, out, N, K, PACKED=x.element_size() == 2 and x.data_ptr() % 8 == 0,
+        BLOCK_N=block_n, BLOCK_U=block_u, num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
     return out
 
 
