@@ -20,8 +20,8 @@ from hash_kernels import DEPENDENT_LAUNCH, INTERPRETED, after_previous
 # A multiprocessor of an H200 needs some 30 KB of loads on the way. Products chose these by measurement, rows by counting.
 
 def _int8_row_parameters(N: int) -> dict[str, int]:
-    """block_n: outputs of a program.  block_u: blocks of 8 inputs at a time."""
-    return {"block_n": 4, "block_u": 128, "num_warps": 4} if N <= 8192 else {"block_n": 8, "block_u": 64, "num_warps": 2}
+    """block_n: outputs of a program.  block_w: words of 4 inputs at a time."""
+    return {"block_n": 4, "block_w": 256, "num_warps": 4} if N <= 8192 else {"block_n": 8, "block_w": 128, "num_warps": 2}
 
 
 def _int4_row_parameters(N: int) -> dict[str, int]:
@@ -123,22 +123,22 @@ def _four_inputs(x, word, inside, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _int8_row_kernel(x, weight, scale, out, N, K, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
-    """x [K], weight [N, K] as int32 [N, K / 4] -> out [N]. A thread takes 8 inputs, 16 bytes of x, of BLOCK_N outputs."""
+def _int8_row_kernel(x, weight, scale, out, N, K, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
+    """x [K], weight [N, K] as int32 [N, K / 4] -> out [N]."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    unit = tl.arange(0, BLOCK_U)[None, :, None]
-    word = 2 * unit + tl.arange(0, 2)[None, None, :]
-    units = K // 8
-    weight += tl.minimum(n, N - 1).to(tl.int64)[:, None, None] * (2 * units) + word
-    w = tl.load(weight, mask=unit < units, other=0)
+    # Two words a thread, where weights alone would have four: as many as one load has of `_four_inputs`.
+    word = tl.max_contiguous(tl.arange(0, BLOCK_W), 2)[None, :]
+    words = K // 4
+    weight += tl.minimum(n, N - 1).to(tl.int64)[:, None] * words + word
+    w = tl.load(weight, mask=word < words, other=0)
     s = tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)
     after_previous()
-    total = tl.zeros([BLOCK_N, BLOCK_U, 2], tl.float32)
-    ones = tl.zeros([1, BLOCK_U, 2], tl.float32)
-    for first in range(0, units, BLOCK_U):
-        beyond = first + BLOCK_U
-        following = tl.load(weight + 2 * beyond, mask=beyond + unit < units, other=0)
-        x0, x1, x2, x3 = _four_inputs(x, 2 * first + word, first + unit < units, PACKED)
+    total = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
+    ones = tl.zeros([1, BLOCK_W], tl.float32)
+    for first in range(0, words, BLOCK_W):
+        beyond = first + BLOCK_W
+        following = tl.load(weight + beyond, mask=beyond + word < words, other=0)
+        x0, x1, x2, x3 = _four_inputs(x, first + word, first + word < words, PACKED)
         ones += (x0 + x1) + (x2 + x3)
         w0, w1, w2, w3 = _int8_mantissas(w)
         total += w0 * x0
@@ -146,8 +146,14 @@ def _int8_row_kernel(x, weight, scale, out, N, K, PACKED: tl.constexpr, BLOCK_N:
         total += w2 * x2
         total += w3 * x3
         w = following
-    value = 256 * s * tl.sum(tl.sum(total - 1.5 * ones, axis=2), axis=1)
+    value = 256 * s * tl.sum(total - 1.5 * ones, axis=1)
     tl.store(out + n, value.to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _sum_of_four(t):
+    """[rows, 4 blocks] -> [rows, blocks]: a block's four words, which one thread has."""
+    return tl.sum(tl.reshape(t, [t.shape[0], t.shape[1] // 4, 4]), axis=2)
 
 
 @triton.jit
@@ -160,38 +166,41 @@ def _int4_row_kernel(x, weight, scale, zero, out, N, K, GROUPSIZE: tl.constexpr,
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
     unit = tl.arange(0, BLOCK_U)[None, :]
-    word = tl.arange(0, 4)[None, None, :]
+    word = tl.arange(0, 4 * BLOCK_U)[None, :]
     units = K // 32
-    weight += row[:, :, None] * (4 * units) + 4 * unit[:, :, None] + word
+    weight += row * (4 * units) + word
+    x += word // 4 * 32 + word % 4
     scale += row * (K // GROUPSIZE)
     zero += row * (K // GROUPSIZE)
-    w = tl.load(weight, mask=unit[:, :, None] < units, other=0)
+    w = tl.load(weight, mask=word < 4 * units, other=0)
     s = tl.load(scale + unit // (GROUPSIZE // 32), mask=unit < units, other=0.0)
     z = tl.load(zero + unit // (GROUPSIZE // 32), mask=unit < units, other=0.0)
     after_previous()
     scaled = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
     offset = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
     for first in range(0, units, BLOCK_U):
-        beyond = first + BLOCK_U + unit
-        next_w = tl.load(weight + 4 * (first + BLOCK_U), mask=beyond[:, :, None] < units, other=0)
-        next_s = tl.load(scale + beyond // (GROUPSIZE // 32), mask=beyond < units, other=0.0)
-        next_z = tl.load(zero + beyond // (GROUPSIZE // 32), mask=beyond < units, other=0.0)
-        here = (first + unit)[:, :, None]
-        even = tl.zeros([1, BLOCK_U, 4], tl.float32)  # of the inputs 4 i + word, of even and of odd i
-        odd = tl.zeros([1, BLOCK_U, 4], tl.float32)
+        beyond = first + BLOCK_U
+        group = (beyond + unit) // (GROUPSIZE // 32)
+        next_w = tl.load(weight + 4 * beyond, mask=4 * beyond + word < 4 * units, other=0)
+        next_s = tl.load(scale + group, mask=beyond + unit < units, other=0.0)
+        next_z = tl.load(zero + group, mask=beyond + unit < units, other=0.0)
+        even = tl.zeros([1, 4 * BLOCK_U], tl.float32)
+        odd = tl.zeros([1, 4 * BLOCK_U], tl.float32)
         inputs = ()
-        for i in tl.static_range(0, 8, 2):
-            first_of_two = 16 * tl.load(x + 32 * here + 4 * i + word, mask=here < units, other=0.0).to(tl.float32)
-            second = tl.load(x + 32 * here + 4 * i + 4 + word, mask=here < units, other=0.0).to(tl.float32)
-            even += first_of_two
-            odd += second
-            inputs += (first_of_two, second)
-        products = tl.broadcast_to(-even - odd, [BLOCK_N, BLOCK_U, 4])
+        for i in tl.static_range(8):
+            value = tl.load(x + 32 * first + 4 * i, mask=4 * first + word < 4 * units, other=0.0).to(tl.float32)
+            if i % 2 == 0:
+                value *= 16
+                even += value
+            else:
+                odd += value
+            inputs += (value,)
+        products = tl.broadcast_to(-even - odd, [BLOCK_N, 4 * BLOCK_U])
         integers = _int4_mantissas(w)
         for i in tl.static_range(8):
             products += integers[i] * inputs[i]
-        scaled += s.to(tl.float32) * tl.sum(products, axis=2)
-        offset += z.to(tl.float32) * tl.sum(even / 16 + odd, axis=2)
+        scaled += s.to(tl.float32) * _sum_of_four(products)
+        offset += z.to(tl.float32) * _sum_of_four(even / 16 + odd)
         w, s, z = next_w, next_s, next_z
     tl.store(out + n, tl.sum(16 * scaled + offset, axis=1).to(out.dtype.element_ty), mask=n < N)
 
@@ -350,12 +359,12 @@ def _(x, weight, scale):
     return x.new_empty(len(x), len(weight))
 
 
-def _launch_int8_row(x: Tensor, weight: Tensor, scale: Tensor, *, block_n: int, block_u: int, num_warps: int) -> Tensor:
+def _launch_int8_row(x: Tensor, weight: Tensor, scale: Tensor, *, block_n: int, block_w: int, num_warps: int) -> Tensor:
     N, K = weight.shape
     out = torch.empty((1, N), dtype=x.dtype, device=x.device)
     _int8_row_kernel[(triton.cdiv(N, block_n),)](
         x, weight.view(torch.int32), scale, out, N, K, PACKED=x.element_size() == 2 and x.data_ptr() % 8 == 0,
-        BLOCK_N=block_n, BLOCK_U=block_u, num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
+        BLOCK_N=block_n, BLOCK_W=block_w, num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
     return out
 
 
