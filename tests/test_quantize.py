@@ -157,8 +157,9 @@ def test_launch_parameters_change_nothing_but_rounding(M, n_splits):
     words, *pair = reference.quantize_int4(weight, 64)
     pair = [part.float() for part in pair]
     if M == 1:
-        row = {"block_n": 2, "block_u": 4, "num_warps": 1}  # a loop of several blocks, with a rest
-        got = kernels._launch_int8_row(x, int8, scale.float(), **row), kernels._launch_int4_row(x, words, *pair, **row)
+        row = {"block_n": 2, "num_warps": 1}  # a loop of several blocks, with a rest
+        got = (kernels._launch_int8_row(x, int8, scale.float(), block_w=8, **row),
+               kernels._launch_int4_row(x, words, *pair, block_u=4, **row))
     else:
         dot = {"block_n": 16, "n_splits": n_splits, "num_warps": 1, "num_stages": 1}
         got = (kernels._launch_int8_dot(x, int8, scale.float(), block_k=32, **dot),
