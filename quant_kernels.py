@@ -20,13 +20,13 @@ from hash_kernels import DEPENDENT_LAUNCH, INTERPRETED, after_previous
 # A multiprocessor of an H200 needs some 30 KB of loads on the way. Products chose these by measurement, rows by counting.
 
 def _int8_row_parameters(N: int) -> dict[str, int]:
-    """block_n: outputs of a program.  block_w: words of 4 inputs at a time."""
+    """block_n: outputs of a program.  block_w: words of 4 inputs at a time, two a thread."""
     return {"block_n": 4, "block_w": 256, "num_warps": 4} if N <= 8192 else {"block_n": 8, "block_w": 128, "num_warps": 2}
 
 
 def _int4_row_parameters(N: int) -> dict[str, int]:
-    """block_u: blocks of 32 inputs, one a thread."""
-    return {"block_n": 4, "block_u": 128, "num_warps": 4} if N <= 8192 else {"block_n": 8, "block_u": 32, "num_warps": 1}
+    """block_u: blocks of 32 inputs at a time, one a thread."""
+    return {"block_n": 4, "block_u": 64, "num_warps": 2} if N <= 8192 else {"block_n": 8, "block_u": 32, "num_warps": 1}
 
 
 def _int8_dot_parameters(N: int, K: int) -> dict[str, int]:
@@ -51,6 +51,9 @@ def _precision(x: Tensor) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- one row
+
+# Tiles have two dimensions, the second that of a row's words, and N and K are constants: a thread then has its weights, inputs
+# and scales by itself, nothing goes through shared memory in the loop, and rows are at constant distances from one address.
 
 @triton.jit
 def _int8_mantissas(w):
@@ -123,21 +126,34 @@ def _four_inputs(x, word, inside, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _int8_row_kernel(x, weight, scale, out, N, K, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
-    """x [K], weight [N, K] as int32 [N, K / 4] -> out [N]."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+def _rows(N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A program's first output, and [BLOCK_N] outputs from there, the last again for those beyond. Where none is, they are
+    constants, which addresses take at no cost."""
+    first = tl.program_id(0) * BLOCK_N
+    row = tl.arange(0, BLOCK_N)
+    if N % BLOCK_N != 0:
+        row = tl.minimum(row, N - 1 - first)
+    return first.to(tl.int64), row
+
+
+@triton.jit
+def _int8_row_kernel(x, weight, scale, out, N: tl.constexpr, K: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr,
+                     BLOCK_W: tl.constexpr):
+    """x [K], weight [N, K] as int32 [N, K / 4] -> out [N]. Weights beyond the last are any number, and meet an input of 0."""
     # Two words a thread, where weights alone would have four: as many as one load has of `_four_inputs`.
     word = tl.max_contiguous(tl.arange(0, BLOCK_W), 2)[None, :]
-    words = K // 4
-    weight += tl.minimum(n, N - 1).to(tl.int64)[:, None] * words + word
-    w = tl.load(weight, mask=word < words, other=0)
-    s = tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)
+    words: tl.constexpr = K // 4
+    first_row, row = _rows(N, BLOCK_N)
+    weight += first_row * words
+    at = row[:, None] * words + word
+    w = tl.load(weight + at, mask=word < words)
+    s = tl.load(scale + first_row + row).to(tl.float32)
     after_previous()
     total = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
     ones = tl.zeros([1, BLOCK_W], tl.float32)
     for first in range(0, words, BLOCK_W):
         beyond = first + BLOCK_W
-        following = tl.load(weight + beyond, mask=beyond + word < words, other=0)
+        following = tl.load(weight + beyond + at, mask=beyond + word < words)
         x0, x1, x2, x3 = _four_inputs(x, first + word, first + word < words, PACKED)
         ones += (x0 + x1) + (x2 + x3)
         w0, w1, w2, w3 = _int8_mantissas(w)
@@ -147,7 +163,7 @@ def _int8_row_kernel(x, weight, scale, out, N, K, PACKED: tl.constexpr, BLOCK_N:
         total += w3 * x3
         w = following
     value = 256 * s * tl.sum(total - 1.5 * ones, axis=1)
-    tl.store(out + n, value.to(out.dtype.element_ty), mask=n < N)
+    tl.store(out + first_row + row, value.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -157,38 +173,48 @@ def _sum_of_four(t):
 
 
 @triton.jit
-def _int4_row_kernel(x, weight, scale, zero, out, N, K, GROUPSIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
+def _int4_row_kernel(x, weight, scale, zero, out, N: tl.constexpr, K: tl.constexpr, GROUPSIZE: tl.constexpr,
+                     BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
     """x [K], weight [N, K / 8] -> out [N]. A thread takes a block of 32 inputs of BLOCK_N outputs: four words, one group each.
 
     Inputs times `_int4_mantissas` sum to x q plus what the ones add, which every output shares and sums begin without.
     That costs 8 of float32's 24 bits: a relative error of a few 2^-16, below the rounding of the result in any narrower type.
+    Weights beyond the last are any number, and meet an input of 0.
     """
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
-    unit = tl.arange(0, BLOCK_U)[None, :]
+    words: tl.constexpr = K // 8
+    groups: tl.constexpr = K // GROUPSIZE
+    first_row, row = _rows(N, BLOCK_N)
     word = tl.arange(0, 4 * BLOCK_U)[None, :]
-    units = K // 32
-    weight += row * (4 * units) + word
+    weight += first_row * words
+    at = row[:, None] * words + word
     x += word // 4 * 32 + word % 4
-    scale += row * (K // GROUPSIZE)
-    zero += row * (K // GROUPSIZE)
-    w = tl.load(weight, mask=word < 4 * units, other=0)
-    s = tl.load(scale + unit // (GROUPSIZE // 32), mask=unit < units, other=0.0)
-    z = tl.load(zero + unit // (GROUPSIZE // 32), mask=unit < units, other=0.0)
+    # [BLOCK_N, BLOCK_U] scales in one dimension, loaded one at a time: so each comes to the thread that has its block.
+    unit = tl.max_contiguous(tl.arange(0, BLOCK_N * BLOCK_U), 1)
+    scale_at = tl.arange(0, BLOCK_N * BLOCK_U) // BLOCK_U
+    if N % BLOCK_N != 0:
+        scale_at = tl.minimum(scale_at, (N - 1 - first_row).to(tl.int32))
+    scale_at *= groups
+    unit = unit % BLOCK_U
+    scale += first_row * groups
+    zero += first_row * groups
+    w = tl.load(weight + at, mask=word < words)
+    group = scale_at + tl.minimum(unit // (GROUPSIZE // 32), groups - 1)
+    s = tl.load(scale + group)
+    z = tl.load(zero + group)
     after_previous()
     scaled = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
     offset = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
-    for first in range(0, units, BLOCK_U):
-        beyond = first + BLOCK_U
-        group = (beyond + unit) // (GROUPSIZE // 32)
-        next_w = tl.load(weight + 4 * beyond, mask=4 * beyond + word < 4 * units, other=0)
-        next_s = tl.load(scale + group, mask=beyond + unit < units, other=0.0)
-        next_z = tl.load(zero + group, mask=beyond + unit < units, other=0.0)
+    for first in range(0, words, 4 * BLOCK_U):
+        beyond = first + 4 * BLOCK_U
+        next_w = tl.load(weight + beyond + at, mask=beyond + word < words)
+        group = scale_at + tl.minimum((beyond // 4 + unit) // (GROUPSIZE // 32), groups - 1)
+        next_s = tl.load(scale + group)
+        next_z = tl.load(zero + group)
         even = tl.zeros([1, 4 * BLOCK_U], tl.float32)
         odd = tl.zeros([1, 4 * BLOCK_U], tl.float32)
         inputs = ()
         for i in tl.static_range(8):
-            value = tl.load(x + 32 * first + 4 * i, mask=4 * first + word < 4 * units, other=0.0).to(tl.float32)
+            value = tl.load(x + 8 * first + 4 * i, mask=first + word < words, other=0.0).to(tl.float32)
             if i % 2 == 0:
                 value *= 16
                 even += value
@@ -199,10 +225,10 @@ def _int4_row_kernel(x, weight, scale, zero, out, N, K, GROUPSIZE: tl.constexpr,
         integers = _int4_mantissas(w)
         for i in tl.static_range(8):
             products += integers[i] * inputs[i]
-        scaled += s.to(tl.float32) * _sum_of_four(products)
-        offset += z.to(tl.float32) * _sum_of_four(even / 16 + odd)
+        scaled += tl.reshape(s, [BLOCK_N, BLOCK_U]).to(tl.float32) * _sum_of_four(products)
+        offset += tl.reshape(z, [BLOCK_N, BLOCK_U]).to(tl.float32) * _sum_of_four(even / 16 + odd)
         w, s, z = next_w, next_s, next_z
-    tl.store(out + n, tl.sum(16 * scaled + offset, axis=1).to(out.dtype.element_ty), mask=n < N)
+    tl.store(out + first_row + row, tl.sum(16 * scaled + offset, axis=1).to(out.dtype.element_ty))
 
 
 # ---------------------------------------------------------------------------------------------------------- several rows
@@ -349,7 +375,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 @torch.library.custom_op("hashfast::int8_linear", mutates_args=())
 def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     N, K = weight.shape
-    if len(x) == 1 and K % 8 == 0:
+    if len(x) == 1 and K % 4 == 0:
         return _launch_int8_row(x, weight, scale, **_int8_row_parameters(N))
     return _launch_int8_dot(x, weight, scale, **_int8_dot_parameters(N, K))
 

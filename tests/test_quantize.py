@@ -123,13 +123,22 @@ def test_kernels(N, K, groupsize, M, dtype):
     assert error(kernels.dequantize_int4(words, *pair), dense) < ROUNDING[dtype]
 
 
+@pytest.mark.parametrize("K", [20, 50])
 @pytest.mark.parametrize("M", [1, 2])
-def test_int8_of_any_width(M):
+def test_int8_of_any_width(M, K):
     kernels = pytest.importorskip("quant_kernels")
-    weight, x = torch.randn(9, 50, device=DEVICE), torch.randn(M, 50, device=DEVICE)
+    weight, x = torch.randn(9, K, device=DEVICE), torch.randn(M, K, device=DEVICE)
     int8, scale = reference.quantize_int8(weight)
     got = kernels.int8_linear(x, int8, scale.float())
     assert error(got, x.double() @ reference.dequantize_int8(int8, scale.double()).T) < ROUNDING[torch.float32]
+
+
+def test_int8_row_that_begins_anywhere():
+    """Four inputs are one load only where they begin at a multiple of 8 bytes."""
+    kernels = pytest.importorskip("quant_kernels")
+    x = torch.randn(1 + 64, device=DEVICE).bfloat16()
+    int8, scale = reference.quantize_int8(torch.randn(5, 64, device=DEVICE))
+    assert torch.equal(kernels.int8_linear(x[1:][None], int8, scale), kernels.int8_linear(x[1:].clone()[None], int8, scale))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
