@@ -20,13 +20,18 @@ from hash_kernels import DEPENDENT_LAUNCH, INTERPRETED, after_previous
 # A multiprocessor of an H200 needs some 30 KB of loads on the way. Products chose these by measurement, rows by counting.
 
 def _int8_row_parameters(N: int) -> dict[str, int]:
-    """block_n: outputs of a program.  block_w: words of 4 inputs at a time, two a thread."""
-    return {"block_n": 4, "block_w": 256, "num_warps": 4} if N <= 8192 else {"block_n": 8, "block_w": 128, "num_warps": 2}
+    """block_n: outputs of a program.  block_w: words of 4 inputs at a time, two a thread.
+
+    Every program of a narrow product is resident at once, so that only longer pieces of a row bring more bytes on the way.
+    """
+    num_warps = 8 if N <= 4096 else 4 if N <= 8192 else 2
+    return {"block_n": 8 if N > 2048 else 2, "block_w": 64 * num_warps, "num_warps": num_warps}
 
 
 def _int4_row_parameters(N: int) -> dict[str, int]:
     """block_u: blocks of 32 inputs at a time, one a thread."""
-    return {"block_n": 4, "block_u": 64, "num_warps": 2} if N <= 8192 else {"block_n": 8, "block_u": 32, "num_warps": 1}
+    num_warps = 4 if N <= 4096 else 2 if N <= 8192 else 1
+    return {"block_n": 8 if N > 2048 else 2, "block_u": 32 * num_warps, "num_warps": num_warps}
 
 
 def _int8_dot_parameters(N: int, K: int) -> dict[str, int]:
