@@ -408,7 +408,7 @@ def plan_memory(options: argparse.Namespace, models: list[Transformer], length: 
     # a large prefill chunk takes more than free_memory leaves
     chunk = max(prefill_bytes(model, min(options.prefill_chunk, length)) for model in models)
     free = tp.least(free_memory(options.device) - max(0, chunk - 2 ** 30))
-    fits = max(free // (row + signature_row), 0)
+    fits = max(free // (row + signature_row) - (options.speculate_k or 0), 0)  # drafts need rows past the last token
     if options.max_seq_length == "auto":
         length = max(needed, min(length, fits))
     if length > fits:
@@ -507,9 +507,10 @@ def main() -> None:
     models = [model, draft] if draft is not None else [model]
     length = plan_memory(options, models, length, longest + options.max_new_tokens, encoders)
     tokens = length if options.interactive else longest + options.max_new_tokens
-    settings = sparse_settings(options, length, tokens) if encoders is not None else None
+    rows = length + (options.speculate_k or 0)  # of the caches, as Session makes them
+    settings = sparse_settings(options, rows, tokens) if encoders is not None else None
     if options.budgets == "calibrated":
-        settings = tp.shard_settings(calibrated(settings, about, tokens, length))
+        settings = tp.shard_settings(calibrated(settings, about, tokens, rows))
     session = Session(options, model, tokenizer, length, settings, encoders, draft)
     if options.interactive:
         chat(session)

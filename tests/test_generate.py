@@ -483,6 +483,8 @@ def test_too_little_memory(command: Callable[..., Ran], tiny_checkpoint: Path, m
     ran = command(*flags, "--attention", "hash", "--batch_size", 2)
     assert ran.code == 2 and "at most 120 tokens fit" in ran.err  # and 16 of signatures, twice
     assert_refused(command(*flags, "--max_seq_length", "auto"), "at most 256 tokens fit")
+    ran = command(*flags, "--speculate", "self", "--speculate_k", 10)
+    assert ran.code == 2 and "at most 230 tokens fit" in ran.err  # and 10 rows beyond the text
 
 
 def test_memory_plan(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:

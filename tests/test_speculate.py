@@ -483,6 +483,13 @@ def test_a_draft_model(flags, cli, draft_checkpoint):
     assert result["speculate"] == "draft" and result["budget"] == (16 if "hash" in flags else None)
 
 
+def test_a_text_shorter_than_sink_and_recent(cli, draft_checkpoint):
+    """The budget is clamped to the caches, which have a few rows more than the text."""
+    dense = cli().tokens
+    assert cli("--speculate", "self").tokens == dense
+    assert cli("--draft_checkpoint_path", draft_checkpoint(), "--draft_attention", "hash").tokens == dense
+
+
 @pytest.mark.parametrize("flags", [(), ("--compile",)])
 def test_compared_with_a_dense_run(flags, cli, tmp_path):
     """Teacher forcing runs the dense step, although the model drafts sparsely; a saved run is like a dense one."""
