@@ -16,6 +16,7 @@ the layers of a model do. A floor is the bytes that must be read over the copy b
 import argparse
 import json
 import math
+import re
 import shlex
 import statistics
 import subprocess
@@ -31,7 +32,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tp
-from checkpoint import PRESETS, load_model, random_model
+from checkpoint import PRESETS, load_model, load_quantization, random_model
 from common import Parser, UserError, atomic_path, environment
 from decode import (
     PREFILL_CHUNK,
@@ -261,13 +262,13 @@ def bench_decode(model: Transformer, name: str, batch: int, context: int, mode: 
 
 def decode(options: argparse.Namespace) -> list[dict]:
     """Rows of bench_decode. compile_s of the first row of a kind is a cold start where Inductor's cache is empty."""
-    name = options.model
+    name, quantization = options.model, Quantization(options.quantize) if options.quantize else None
     if options.checkpoint_path is not None:
         if options.quantize:
             raise UserError("--quantize is of random weights; give --checkpoint_path a folder that quantize.py made")
         name, model = options.checkpoint_path.resolve().name, load_model(options.checkpoint_path, "cuda", torch.bfloat16)
+        quantization = load_quantization(options.checkpoint_path)
     else:
-        quantization = Quantization(options.quantize) if options.quantize else None
         model = random_model(options.model, "cuda", torch.bfloat16, quantization=quantization)
     bandwidth = copy_bandwidth()
     if tp.size() > 1 and not options.nccl:
@@ -284,7 +285,7 @@ def decode(options: argparse.Namespace) -> list[dict]:
                     raise  # another rank may have had enough, and be in the middle of a step
                 print(f"{batch} x {context} {mode}: does not fit", file=sys.stderr)
                 continue
-            row["weights"] = options.quantize or "bfloat16"
+            row["weights"] = quantization.mode if quantization is not None else "bfloat16"
             if options.warm_start and tp.size() == 1 and shape == options.shapes[0]:
                 row["warm_start_s"] = warm_start(options, shape, mode)
             rows.append(row)
@@ -399,9 +400,9 @@ def bench_latency(model: Transformer, context: int, bandwidth: float, options: a
     model.setup_caches(1, context + options.steps + 8, encoders, settings)
     decoders = {}
     for mode in ("dense", "hash"):
-        model.set_sparse(settings if mode == "hash" else None)
         for layer, encoder in zip(model.layers, encoders, strict=True):
             layer.attention.encoder = encoder if mode == "hash" else None  # a dense step writes no signatures
+        model.set_sparse(settings if mode == "hash" else None)  # of layers that have an encoder
         decoders[mode] = Decoder(model, 1, Sampling(temperature=0), compiled=True)
         decoders[mode].prepare()
     prepare_prefill(model, options.chunk)
@@ -467,24 +468,47 @@ def save(path: Path, rows: list[dict]) -> None:
         beside.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def sizes(names: str) -> Callable[[str], str]:
+    """An argparse type: whole numbers from 1 on with an x between them, one for each of `names`, which are written so too."""
+    pattern = "x".join(r"[1-9]\d*" for _ in names.split(" x "))
+
+    def check(text: str) -> str:
+        if re.fullmatch(pattern, text) is None:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {names}, whole numbers with an x between them")
+        return text
+    return check
+
+
+def at_least_1(number: type) -> Callable[[str], float]:
+    """An argparse type: an int or a float (`number`) from 1 on."""
+    def check(text: str) -> float:
+        value = number(text)
+        if not 1 <= value < 1e9:
+            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be at least 1")
+        return value
+    check.__name__ = number.__name__  # argparse names it where `number` cannot read the text
+    return check
+
+
 def parse_options() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     part = commands.add_parser("attention", help="one layer's attention, by stage")
-    part.add_argument("--cases", nargs="+", default=CASES, help="batch x context x sparsity")
+    part.add_argument("--cases", nargs="+", type=sizes("batch x context x sparsity"), default=CASES,
+                      help="batch x context x sparsity")
     part.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    part.add_argument("--heads", nargs=3, type=int, default=(32, 8, 128), metavar=("HQ", "HKV", "D"))
+    part.add_argument("--heads", nargs=3, type=at_least_1(int), default=(32, 8, 128), metavar=("HQ", "HKV", "D"))
     part.add_argument("--json", type=Path, help="write the rows here")
     part.set_defaults(run=attention)
     part = commands.add_parser("decode", help="whole decode steps")
     part.add_argument("--model", default="llama-3.1-8b", choices=PRESETS, help="preset, random weights")
     part.add_argument("--checkpoint_path", type=Path, help="a model of real weights instead")
-    part.add_argument("--shapes", nargs="+", default=["1x32768", "1x131072", "8x32768", "4x131072", "16x32768"],
-                      help="batch x context")
+    part.add_argument("--shapes", nargs="+", type=sizes("batch x context"), help="batch x context",
+                      default=["1x32768", "1x131072", "8x32768", "4x131072", "16x32768"])
     part.add_argument("--attention", nargs="+", choices=("dense", "hash"), default=["dense", "hash"])
-    part.add_argument("--sparsity", type=float, default=32)
+    part.add_argument("--sparsity", type=at_least_1(float), default=32)
     part.add_argument("--quantize", choices=("int8", "int4"), help="weights of this many bits (int4: groups of 32)")
-    part.add_argument("--steps", type=int, default=50)
+    part.add_argument("--steps", type=at_least_1(int), default=50)
     part.add_argument("--no_warm_start", dest="warm_start", action="store_false",
                       help="do not start the first shape again in a second process")
     part.add_argument("--nccl", action="store_true", help="between ranks: all-reduces by NCCL, to compare with")
@@ -492,27 +516,29 @@ def parse_options() -> argparse.Namespace:
     part.set_defaults(run=decode)
     part = commands.add_parser("speculate", help="rounds of self-speculative decoding")
     part.add_argument("--model", default="llama-3.1-8b", choices=PRESETS)
-    part.add_argument("--shapes", nargs="+", default=["1x131072", "4x131072"], help="batch x context")
-    part.add_argument("--k", nargs="+", type=int, default=[2, 4, 6, 8], help="drafted tokens per round")
-    part.add_argument("--sparsity", type=float, default=32)
-    part.add_argument("--steps", type=int, default=20)
+    part.add_argument("--shapes", nargs="+", type=sizes("batch x context"), default=["1x131072", "4x131072"],
+                      help="batch x context")
+    part.add_argument("--k", nargs="+", type=at_least_1(int), default=[2, 4, 6, 8], help="drafted tokens per round")
+    part.add_argument("--sparsity", type=at_least_1(float), default=32)
+    part.add_argument("--steps", type=at_least_1(int), default=20)
     part.add_argument("--json", type=Path)
     part.set_defaults(run=bench_speculate)
     for name, run, about in (("prefill", bench_prefill, "reading a prompt"),
                              ("latency", latency, "time to the first token and per token")):
         part = commands.add_parser(name, help=about)
         part.add_argument("--model", default="llama-3.1-8b", choices=PRESETS)
-        part.add_argument("--context", nargs="+", type=int, default=[8192, 32768, 131072, 524288])
-        part.add_argument("--chunk", type=int, default=PREFILL_CHUNK["cuda"], help="prompt tokens read at a time")
-        part.add_argument("--sparsity", type=float, default=32)
-        part.add_argument("--steps", type=int, default=50, help="tokens decoded")
+        part.add_argument("--context", nargs="+", type=at_least_1(int), default=[8192, 32768, 131072, 524288])
+        part.add_argument("--chunk", type=at_least_1(int), default=PREFILL_CHUNK["cuda"], help="prompt tokens read at a time")
+        part.add_argument("--sparsity", type=at_least_1(float), default=32)
+        part.add_argument("--steps", type=at_least_1(int), default=50, help="tokens decoded")
         part.add_argument("--json", type=Path)
         part.set_defaults(run=run)
     part = commands.add_parser("ragged", help="prompts of different lengths decoded together, and one by one")
     part.add_argument("--model", default="llama-3.1-8b", choices=PRESETS)
-    part.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768])
-    part.add_argument("--sparsity", type=float, default=32)
-    part.add_argument("--steps", type=int, default=50)
+    part.add_argument("--lengths", nargs="+", type=at_least_1(int),
+                      default=[1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768])
+    part.add_argument("--sparsity", type=at_least_1(float), default=32)
+    part.add_argument("--steps", type=at_least_1(int), default=50)
     part.add_argument("--json", type=Path)
     part.set_defaults(run=bench_ragged)
     part = commands.add_parser("plot", help="PNGs from results files")
