@@ -430,12 +430,15 @@ def random_model(preset: str, device: str | torch.device = "cpu", dtype: torch.d
 
 
 def _device(device: str | torch.device) -> torch.device:
+    """The device for a model; a GPU becomes the current one, on which Triton's kernels run. UserError where it is not there."""
     try:
         device = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"unknown device {device!r}; use cpu or cuda") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"no device {device}: {torch.cuda.device_count()} GPUs are visible; use another, or cpu")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 

@@ -79,8 +79,9 @@ def default_device() -> str:
 
 
 def check_device(device: str) -> None:
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise UserError(f"--device {device} is not there; this machine has: {default_device()}")
+    there = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if device not in there:
+        raise UserError(f"--device {device} is not there; this machine has: {', '.join(there)}")
 
 
 def can_compile(device: str) -> bool:

@@ -78,8 +78,6 @@ class Judge:
         self.options = options
         self.batch = min(options.batch_size, texts)
         self.model: Transformer = load_model(options.checkpoint_path, options.device, getattr(torch, options.precision))
-        if options.device.startswith("cuda"):
-            torch.cuda.set_device(self.model.tok_embeddings.weight.device)  # kernels run on the current one
         self.tokenizer = Tokenizer.load(options.checkpoint_path)
         self.attentions = [layer.attention for layer in self.model.layers]
         self.resize(options.context)
@@ -104,6 +102,7 @@ class Judge:
     def prepare(self) -> None:
         """Make the decode step of every run: on a GPU a CUDA graph of its own. Before the first text is read."""
         if self.options.compile:  # one compiled block serves all layers of a run, and all runs share its cache
+            torch._dynamo.reset()  # of the runs before `resize`
             torch._dynamo.config.recompile_limit = 8 * len(self.runs)
         for run in tqdm(self.runs, desc="prepare", unit="run", delay=2, leave=False):
             run.decoder = Decoder(self.model, self.batch, Sampling(temperature=0), self.options.compile)

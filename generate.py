@@ -494,8 +494,6 @@ def main() -> None:
         model = random_model(options.random_weights, options.device, dtype, options.seed, quantization)
     else:
         model = load_model(options.checkpoint_path, options.device, dtype)
-    if options.device.startswith("cuda"):
-        torch.cuda.set_device(model.tok_embeddings.weight.device)  # kernels run on the current one
     tokenizer = read_tokenizer(options)
     read = [] if options.interactive else read_prompts(options, tokenizer, model.args.vocab_size)
     prompts = [ids for ids, _ in read]

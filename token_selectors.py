@@ -104,15 +104,18 @@ class CalibratedHash(Hash):
                  dense_layers: int) -> None:
         super().__init__(sink, recent, encoder, k)
         self.about, self.layer, self.dense_layers = about, layer, dense_layers
-        self.heads: dict[int, Tensor] = {}  # by budget: a captured step goes on reading its own
+        # by budget, as a captured step goes on reading its own: the heads' budgets, and the most of any layer
+        self.heads: dict[int, tuple[Tensor, int]] = {}
 
     def set_budget(self, budget: int, context: int) -> None:
-        heads = (context,) * self.encoder.n_signature_head
-        if budget < context:
-            heads = budgets_for(self.about, budget, context, self.sink + self.recent, self.dense_layers)[self.layer]
         if budget not in self.heads:
-            self.heads[budget] = torch.tensor(heads, dtype=torch.int32, device=self.signatures.device).clamp(max=context)
-        self.now, self.budget = self.heads[budget], max(heads)
+            layers = ((context,) * self.encoder.n_signature_head,) * (self.layer + 1)
+            if budget < context:
+                layers = budgets_for(self.about, budget, context, self.sink + self.recent, self.dense_layers)
+            heads = torch.tensor(layers[self.layer], dtype=torch.int32, device=self.signatures.device).clamp(max=context)
+            # as many slots in every layer, so that one compilation serves them all
+            self.heads[budget] = heads, max(map(max, layers[self.dense_layers:]))
+        self.now, self.budget = self.heads[budget]
 
     def select(self, planes: Tensor, seq_lens: Tensor, K: int) -> Tensor:
         return select_tokens(planes, self.signatures, seq_lens, self.now, self.sink, self.recent, K, self.encoder.shift)

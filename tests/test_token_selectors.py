@@ -264,6 +264,7 @@ def test_calibrated_budgets_are_spread_over_layers_and_heads(tensors: tuple[torc
         for row in range(B):
             selector.build(keys, row, 999)
         indices = selector(q, keys, torch.full_like(lengths, 1000))  # [B, Hs, K]
+        assert indices.shape[2] == SINK + RECENT + 64 * 5  # of the head with the most, whichever layer it is in
         counts.append((indices >= 0).sum(dim=-1))
         even = Hash(SINK, RECENT, encoder, keys)
         for head in range(HKV):
