@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import tp
@@ -270,7 +270,10 @@ def prefill_bytes(model: Transformer, chunk: int) -> int:
     """An upper estimate of what reading `chunk` prompt tokens at a time takes, whatever the prompt's length.
 
     The widest moment is the feed-forward: gate and up, their product, the residual and norm; float32 copies where not fused.
+    Of quantised weights many rows are multiplied by a copy in full.
     """
     args = model.args
+    weights = 0 if isinstance(model.layers[0].feed_forward.w13, nn.Linear) else 2 * args.intermediate_size * args.dim
     heads = (args.n_head + 2 * args.n_kv_head) * args.head_dim
-    return chunk * (4 * args.intermediate_size + 8 * args.dim + 2 * heads) * model.tok_embeddings.weight.element_size()
+    numbers = chunk * (4 * args.intermediate_size + 8 * args.dim + 2 * heads) + weights
+    return numbers * model.tok_embeddings.weight.element_size()

@@ -180,7 +180,8 @@ def report(session: Session, prompts: list[list[int]], samples: list[Sample], te
     last = samples[-1]
     decode_s = sum(s.decode_s for s in samples)
     steps = sum(s.steps for s in samples)
-    caches = [layer.attention.cache for layer in model.layers]
+    models = {model, model if session.speculator is None else session.speculator.draft}
+    caches = [layer.attention.cache for each in models for layer in each.layers]
     kv_bytes = sum(c.k.nbytes + c.v.nbytes for c in caches)
     ms = 1000 * decode_s / steps if steps else None
     lengths, hashes = [len(ids) for ids in prompts], [prompt_hash(ids) for ids in prompts]

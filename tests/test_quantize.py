@@ -19,7 +19,7 @@ import quant_linear as reference  # noqa: E402
 import quantize  # noqa: E402
 from checkpoint import load_model, load_quantization, random_model  # noqa: E402
 from common import UserError, run_command  # noqa: E402
-from decode import bytes_per_step  # noqa: E402
+from decode import bytes_per_step, prefill_bytes  # noqa: E402
 from quant_linear import Int4Linear, Int8Linear, Quantization  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -302,6 +302,8 @@ def test_random_models(mode, command, monkeypatch):
     args = ModelArgs(2, 64, 4, 2, 16, 96, 50, 1e-5, 1e4, max_position=128)
     monkeypatch.setitem(checkpoint.PRESETS, "tiny", args)
     model = random_model("tiny", dtype=torch.float32, quantization=Quantization(mode))
+    plain = random_model("tiny", dtype=torch.float32)  # whose widest weights are multiplied without a copy
+    assert prefill_bytes(model, 7) == prefill_bytes(plain, 7) + plain.layers[0].feed_forward.w13.weight.nbytes
     w2 = model.layers[0].feed_forward.w2
     kinds = ("weight", "scale") if mode == "int8" else ("weight", "scale", "zero")
     dense = (reference.dequantize_int8 if mode == "int8" else reference.dequantize_int4)(*(getattr(w2, kind) for kind in kinds))

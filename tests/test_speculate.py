@@ -481,6 +481,8 @@ def test_a_draft_model(flags, cli, draft_checkpoint):
     result = cli("--draft_checkpoint_path", draft_checkpoint(), *flags).json
     assert result["new_tokens"] == cli().tokens
     assert result["speculate"] == "draft" and result["budget"] == (16 if "hash" in flags else None)
+    assert result["kv_bytes"] > cli("--speculate", "self").json["kv_bytes"]  # the caches of both models
+    assert (result["signature_bytes"] > 0) == ("hash" in flags)
 
 
 def test_a_text_shorter_than_sink_and_recent(cli, draft_checkpoint):
