@@ -62,7 +62,10 @@ _WAITS = tl.constexpr(DEPENDENT_LAUNCH)
 
 @triton.jit
 def after_previous():
-    """Wait until the kernel before this one has finished, then let the next one be launched. Before any load or store."""
+    """Wait until the kernel before this one has finished, then let the next one be launched.
+
+    Before any store, and before any load but of what that kernel leaves alone: weights, or what an earlier one has written.
+    """
     if _WAITS:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

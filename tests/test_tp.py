@@ -19,11 +19,13 @@ from torch import Tensor
 
 import generate
 import tp
-from checkpoint import PRESETS, load_model
+from checkpoint import PRESETS, load_model, random_model
 from common import UserError
 from decode import Decoder, Sampling, decode, prefill
 from hash_attention import HashConfig, HashEncoder, load_signatures, random_encoders, save_signatures
 from model import ModelArgs, SparseSettings
+from quant_linear import Quantization
+from quantize import quantize_folder
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("llama", "qwen2")
@@ -237,6 +239,15 @@ def test_what_cannot_be_shared_is_refused() -> None:
             tp.shard_args(args, ranks)
     for preset in ("llama-3.1-8b", "llama-3.1-70b"):
         assert all(tp.shard_args(PRESETS[preset], n).ranks == n for n in (1, 2, 4, 8))
+
+
+def test_quantised_weights_are_refused(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantization = Quantization("int8")
+    quantize_folder(tiny_checkpoint, tmp_path / "int8", quantization, "cpu")
+    monkeypatch.setattr(tp, "size", lambda: 2)
+    for load in (lambda: load_model(tmp_path / "int8"), lambda: random_model("llama-3.1-70b", quantization=quantization)):
+        with pytest.raises(UserError, match="^int8 weights are not shared out over 2 ranks; "):
+            load()
 
 
 def test_the_last_rank_may_have_no_tokens(tmp_path: Path) -> None:
