@@ -40,8 +40,9 @@ from hash_attention import (
     save_signatures,
     select_tokens_reference,
 )
-from model import Transformer, causal_attention
+from model import Transformer
 from needles import make_needle
+from prompt_attention import causal_attention
 from recipes import RECIPES, Recipe
 from tokenizer import Tokenizer
 
