@@ -86,16 +86,22 @@ class Ran(NamedTuple):
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Ran]:
-    """command(flag, ...) runs generate.py in this process, on the CPU."""
-    import generate  # may import triton, so after the variable above
-
-    def run(*flags: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", *map(str, flags)])
+def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Ran]:
+    """in_process(main, program, flag, ...) runs a command line's `main` in this process."""
+    def run(main: Callable[[], None], *argv: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", [*map(str, argv)])
         code = 0
         try:
-            run_command(generate.main)
+            run_command(main)
         except SystemExit as stop:
             code = stop.code
         return Ran(code, *capsys.readouterr())
     return run
+
+
+@pytest.fixture
+def command(in_process: Callable[..., Ran]) -> Callable[..., Ran]:
+    """command(flag, ...) runs generate.py in this process, on the CPU."""
+    import generate  # may import triton, so after the variable above
+
+    return lambda *flags: in_process(generate.main, "generate.py", "--device", "cpu", *flags)

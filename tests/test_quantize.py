@@ -1,7 +1,6 @@
 """Quantised weights: packing bit by bit, kernels against their definitions, folders that load, refusals in one line."""
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ if not GPU:
 import quant_linear as reference  # noqa: E402
 import quantize  # noqa: E402
 from checkpoint import load_model, load_quantization, random_model  # noqa: E402
-from common import UserError, run_command  # noqa: E402
+from common import UserError  # noqa: E402
 from decode import bytes_per_step, prefill_bytes  # noqa: E402
 from quant_linear import Int4Linear, Int8Linear, Quantization  # noqa: E402
 
@@ -213,17 +212,9 @@ def test_layers_are_drop_in(mode, rows, bias):
 # -------------------------------------------------------------------------------------------------------------- folders
 
 @pytest.fixture
-def run(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+def run(in_process) -> Callable[..., tuple[int, str, str]]:
     """run(flag, ...) runs quantize.py in this process, on the CPU -> exit code, stdout, stderr."""
-    def run(*flags: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["quantize.py", "--device", "cpu", *map(str, flags)])
-        code = 0
-        try:
-            run_command(quantize.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-    return run
+    return lambda *flags: in_process(quantize.main, "quantize.py", "--device", "cpu", *flags)
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])

@@ -1,12 +1,10 @@
 """Tables from results files: every kind from rows of its schema, mistakes as one line, parity from the runs it compares."""
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 import bench
-from common import run_command
 from report import TABLES, fill, shape, tables_of
 
 ABOUT = {"gpu": "A GPU", "torch": "2.0", "triton": "3.0", "commit": "abc", "command": "python bench.py x"}
@@ -53,17 +51,9 @@ def results(tmp_path: Path):
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def command(in_process):
     """command(word, ...) runs bench.py in this process -> exit code, stdout, stderr."""
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, words)])
-        code = 0
-        try:
-            run_command(bench.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-    return run
+    return lambda *words: in_process(bench.main, "bench.py", *words)
 
 
 @pytest.mark.parametrize("name", TABLES)
