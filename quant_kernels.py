@@ -246,6 +246,22 @@ def _store_tile(partial, acc, split, n, M, N):
     tl.store(partial + at, acc.to(partial.dtype.element_ty), mask=(m < M) & (n[None, :] < N))
 
 
+def _int4_values_asm() -> str:
+    """PTX of `_int4_values`: $8 and $9 are two words, $10 and $11 the scales and zeros of both, $0 .. $7 pairs of weights."""
+    lines = [".reg .b32 low, high, q, o;", "mov.b32 o, 0x43004300;",
+             "prmt.b32 low, $8, $9, 0x5410;", "prmt.b32 high, $8, $9, 0x7632;"]
+    for i in range(8):
+        half, shift = "low" if i < 4 else "high", 4 * (i % 4)
+        if shift:
+            lines.append(f"shr.u32 q, {half}, {shift};")
+        lines += [f"lop3.b32 q, {'q' if shift else half}, 0x000F000F, o, 0xEA;", "sub.rn.bf16x2 q, q, o;",
+                  f"fma.rn.bf16x2 ${i}, q, $10, $11;"]
+    return "{ " + " ".join(lines) + " }"
+
+
+_INT4_VALUES = tl.constexpr(_int4_values_asm())
+
+
 @triton.jit
 def _int4_values(w, s, z):
     """int32 w -> its eight weights q s + z in s's dtype, rounded once.
@@ -259,42 +275,8 @@ def _int4_values(w, s, z):
             values += ((((w >> 4 * i) & 15).to(tl.float32) * wide_s + wide_z).to(s.dtype),)
         return values
     else:
-        return tl.inline_asm_elementwise("""{
-            .reg .b32 low, high, q, o;
-            mov.b32 o, 0x43004300;
-            prmt.b32 low, $8, $9, 0x5410;
-            prmt.b32 high, $8, $9, 0x7632;
-            lop3.b32 q, low, 0x000F000F, o, 0xEA;
-            sub.rn.bf16x2 q, q, o;
-            fma.rn.bf16x2 $0, q, $10, $11;
-            shr.u32 q, low, 4;
-            lop3.b32 q, q, 0x000F000F, o, 0xEA;
-            sub.rn.bf16x2 q, q, o;
-            fma.rn.bf16x2 $1, q, $10, $11;
-            shr.u32 q, low, 8;
-            lop3.b32 q, q, 0x000F000F, o, 0xEA;
-            sub.rn.bf16x2 q, q, o;
-            fma.rn.bf16x2 $2, q, $10, $11;
-            shr.u32 q, low, 12;
-            lop3.b32 q, q, 0x000F000F, o, 0xEA;
-            sub.rn.bf16x2 q, q, o;
-            fma.rn.bf16x2 $3, q, $10, $11;
-            lop3.b32 q, high, 0x000F000F, o, 0xEA;
-            sub.rn.bf16x2 q, q, o;
-            fma.rn.bf16x2 $4, q, $10, $11;
-            shr.u32 q, high, 4;
-            lop3.b32 q, q, 0x000F000F, o, 0xEA;
-            sub.rn.bf16x2 q, q, o;
-            fma.rn.bf16x2 $5, q, $10, $11;
-            shr.u32 q, high, 8;
-            lop3.b32 q, q, 0x000F000F, o, 0xEA;
-            sub.rn.bf16x2 q, q, o;
-            fma.rn.bf16x2 $6, q, $10, $11;
-            shr.u32 q, high, 12;
-            lop3.b32 q, q, 0x000F000F, o, 0xEA;
-            sub.rn.bf16x2 q, q, o;
-            fma.rn.bf16x2 $7, q, $10, $11;
-            }""", "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r", [w, s, z], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(_INT4_VALUES, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r", [w, s, z],
+                                         dtype=(tl.bfloat16,) * 8, is_pure=True, pack=2)
 
 
 @triton.jit
