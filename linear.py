@@ -23,10 +23,16 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tenso
     x [..., K], weight [N, K] ([2 N, K] where gated), bias [N], norm [K] (RMSNorm's weight), residual [..., N] -> [..., N].
     bias, norm and residual may be None.
     """
-    out = F.linear(x if norm is None else rms_norm(x, norm, eps), weight, bias)
+    return _after(F.linear(x if norm is None else rms_norm(x, norm, eps), weight, bias), residual, gated)
+
+
+def _after(out: Tensor, residual: Tensor | None, gated: bool) -> Tensor:
+    """What follows a product: [..., N or 2 N] -> [..., N]."""
     if gated:
         gate, up = out.chunk(2, dim=-1)
-        out = F.silu(gate) * up
+        hidden = F.silu(gate) * up
+        # as_strided makes Inductor store `hidden`: inlined into the next product, it would be computed again for every output
+        out = hidden.as_strided(hidden.shape, hidden.stride())
     return out if residual is None else residual + out
 
 
@@ -37,10 +43,4 @@ def linear(x: Tensor, layer: nn.Module, norm: nn.Module | None = None, residual:
         import linear_kernels
         weight, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
         return linear_kernels.linear(x, layer.weight, layer.bias, weight, eps, residual, gated)
-    out = layer(x if norm is None else norm(x))
-    if gated:
-        gate, up = out.chunk(2, dim=-1)
-        hidden = F.silu(gate) * up
-        # as_strided makes Inductor store `hidden`: inlined into the next product, it would be computed again for every output
-        out = hidden.as_strided(hidden.shape, hidden.stride())
-    return out if residual is None else residual + out
+    return _after(layer(x if norm is None else norm(x)), residual, gated)
