@@ -1,13 +1,15 @@
 """Linear layers of a decode step together with the norm before and the activation or residual after them.
 
 Plain PyTorch on a CPU, for prompts, and for layers that are quantised or divided among ranks; one Triton kernel each
-(linear_kernels.py) for a step of one sequence on a GPU. Of more rows cuBLAS is as fast.
+(linear_kernels.py) for a step of up to 16 rows on a GPU.
 
 Symbols: K inputs, N outputs.
 """
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+KERNEL_ROWS = 16  # rows that the kernel takes: a tensor core's tile
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,8 +40,8 @@ def _after(out: Tensor, residual: Tensor | None, gated: bool) -> Tensor:
 
 def linear(x: Tensor, layer: nn.Module, norm: nn.Module | None = None, residual: Tensor | None = None,
            gated: bool = False) -> Tensor:
-    """`linear_reference` of a layer and the RMSNorm before it, by one kernel where x is one row on a GPU."""
-    if x.is_cuda and type(layer) is nn.Linear and x.numel() == x.shape[-1]:
+    """`linear_reference` of a layer and the RMSNorm before it, by one kernel where x is few rows on a GPU."""
+    if x.is_cuda and type(layer) is nn.Linear and x.numel() <= KERNEL_ROWS * x.shape[-1]:
         import linear_kernels
         weight, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
         return linear_kernels.linear(x, layer.weight, layer.bias, weight, eps, residual, gated)
