@@ -22,7 +22,7 @@ from hash_attention import (
     save_signatures,
     select_tokens_reference,
 )
-from recipes import RECIPES, Listwise
+from recipes import RECIPES, Listwise, ListwiseEach, ListwiseMax
 from train_hash import (
     Partial,
     Sequence,
@@ -151,21 +151,32 @@ def test_rounding_keeps_the_codes_of_a_channel_far_from_zero() -> None:
     assert ((encoder.key_codes(k[None]) > 0) == (expected > 0)).float().mean() > 0.998
 
 
-def test_loss_is_cross_entropy_of_the_groups_mass() -> None:
+@pytest.mark.parametrize("recipe", ["listwise_max", "listwise_each"])
+def test_other_listwise_recipes_learn(recipe: str) -> None:
+    encoder, losses = trained(recipe)
+    assert encoder.config == HashConfig() and sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    share = caught(encoder)
+    assert share["trained"] > share["random"] + 0.5 * (share["oracle"] - share["random"])
+
+
+@pytest.mark.parametrize("recipe", [Listwise, ListwiseMax, ListwiseEach])
+def test_loss_is_cross_entropy_of_the_groups_mass(recipe: type[Listwise]) -> None:
     q, k = structured(0, length=120)
     positions = torch.tensor([100, 110])
     weights, selectable = attention_weights(q[:, positions], k, positions), selectable_region(positions, 120, SINK, RECENT)
     encoder = random_encoders(HashConfig(), SHAPE)[0]
-    training = Listwise(encoder)
+    training = recipe(encoder)
     loss = training(q[:, positions], k, weights, selectable, progress=0.5)
     expected = []
     for h in range(2):
         for i, position in enumerate(positions.tolist()):
             chosen = slice(SINK, position + 1 - RECENT)
-            code = sum(encoder.query_codes(q[None])[0, head, position] for head in (2 * h, 2 * h + 1))
-            score = torch.tanh(2 * encoder.key_codes(k[None])[0, h]) @ code * training.log_scale[h, 0, 0].exp()
-            mass = sum(weights[head, i, chosen] for head in (2 * h, 2 * h + 1))
-            expected.append(-(mass / mass.sum() * score[chosen].log_softmax(dim=0)).sum())
+            codes = encoder.query_codes(q[None])[0, 2 * h:2 * h + 2, position]
+            masses = weights[2 * h:2 * h + 2, i, chosen]
+            pairs = [(codes.sum(dim=0), masses.amax(dim=0) if recipe is ListwiseMax else masses.sum(dim=0))]
+            for code, mass in zip(codes, masses, strict=True) if recipe is ListwiseEach else pairs:
+                score = torch.tanh(2 * encoder.key_codes(k[None])[0, h]) @ code * training.log_scale[h].exp().squeeze()
+                expected.append(-(mass / mass.sum() * score[chosen].log_softmax(dim=0)).sum())
     torch.testing.assert_close(loss, torch.stack(expected).mean())
 
 
