@@ -30,7 +30,16 @@ from tqdm import tqdm
 
 from budgets import UNIT, calibrate, curve_units
 from checkpoint import load_model
-from common import Parser, UserError, atomic_path, check_device, default_device, environment, run_command
+from common import (
+    Parser,
+    UserError,
+    atomic_path,
+    check_device,
+    check_writable,
+    default_device,
+    environment,
+    run_command,
+)
 from hash_attention import (
     Fingerprint,
     HashConfig,
@@ -364,12 +373,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> None:
     check_device(args.device)
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {error.strerror}; choose another place") from error
-    if args.out.is_dir() or not os.access(args.out.parent, os.W_OK):  # better now than after the training
-        raise UserError(f"--out {args.out} cannot be written; give a file in a writable folder")
+    check_writable("--out", args.out)
     if not 0 <= args.seed < 2 ** 31:
         raise UserError(f"--seed must be 0 to {2 ** 31 - 1}, not {args.seed}")
     if args.sequences < 1:

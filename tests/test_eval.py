@@ -242,6 +242,15 @@ def test_scores_of_answers(files: dict[str, Path], says: str, goes_on: str, exac
     assert stub.asked == (judge.tokenizer.encode("s") * 2, ends)
 
 
+def test_a_text_is_read_once_for_all_documents(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr(eval, "read_text", lambda path: read.append(path) or PROSE)
+    judge = Judge(options(files, "needles", "--selector", "dense"), 2)
+    for i in range(3):
+        make_question(judge, "single", 480, i)
+    assert read == [files["text"]]
+
+
 def test_paired_interval() -> None:
     assert paired_interval(torch.full((8,), 0.25), 0) == [0.25, 0.25]
     values = torch.randn(400, generator=torch.Generator().manual_seed(0))
@@ -310,6 +319,7 @@ def test_recall(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monk
     (["ppl", "--last", "320"], "--last 320"), (["recall", "--selector", "dense"], "besides dense"),
     (["needles", "--samples", "0"], "--samples 0"), (["ppl", "--selector", "magic"], "magic"),
     (["ppl", "--last", "2", "--context", "8"], "are more than --context 8"), (["ppl", "--batch_size", "0"], "--batch_size 0"),
+    (["ppl", "--json", "eval.py/rows.json"], "--json eval.py/rows.json cannot be written"),
     (["grid", "--depths", "0", "101"], "--depths 0 101"), (["grid", "--contexts", "480", "8192"], "--context 8192")])
 def test_mistakes(files: dict[str, Path], arguments: list[str], message: str) -> None:
     with pytest.raises(eval.UserError, match=message):
