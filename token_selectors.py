@@ -415,7 +415,8 @@ class Method:
         first = next((layer for layer in self.layers if layer is not None), None)
         return {
             "selector": self.selector, "recipe": self.recipe, "bits": self.config and self.config.bits,
-            "query_bits": self.config and self.config.query_bits, "share": first and first.share,
+            "query_bits": self.config and self.config.query_bits,
+            "share": self.config.share if self.config else first and first.share,  # of signatures, where there are any
             "bytes_per_token": first.bytes_per_token if first is not None else 0.0,
         }
 
