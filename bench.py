@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tp
 from checkpoint import PRESETS, load_model, load_quantization, random_model
-from common import Parser, UserError, atomic_path, environment
+from common import Parser, UserError, atomic_path, check_writable, environment
 from decode import (
     PREFILL_CHUNK,
     Decoder,
@@ -557,6 +557,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
+    check_writable("--json", getattr(options, "json", None))
     if options.command in ("plot", "parity", "report"):  # these only read files
         options.run(options)
         return

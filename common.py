@@ -74,6 +74,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
+def check_writable(flag: str, path: Path | None) -> None:
+    """A UserError now, not after the work, where the file that `flag` names cannot be written. Makes its folder."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}; choose another place") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{flag} {path} cannot be written; give a file in a writable folder")
+
+
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -41,6 +41,7 @@ from common import (
     atomic_path,
     can_compile,
     check_device,
+    check_writable,
     default_device,
     environment,
     run_command,
@@ -79,6 +80,7 @@ class Judge:
         self.batch = min(options.batch_size, texts)
         self.model: Transformer = load_model(options.checkpoint_path, options.device, getattr(torch, options.precision))
         self.tokenizer = Tokenizer.load(options.checkpoint_path)
+        self.read_text = functools.cache(read_text)  # one file serves many documents
         self.attentions = [layer.attention for layer in self.model.layers]
         self.resize(options.context)
 
@@ -181,7 +183,7 @@ class Judge:
         """The first `context` tokens of every text, int64 [context]."""
         texts = {}
         for path in self.options.data:
-            ids = self.tokenizer.encode(read_text(path))[:self.context]
+            ids = self.tokenizer.encode(self.read_text(path))[:self.context]
             if len(ids) < self.context:
                 raise UserError(f"{path} has {len(ids)} tokens, fewer than --context {self.context}; give longer texts")
             texts[path.stem] = torch.tensor(ids)
@@ -260,7 +262,7 @@ def tokenize_needle(tokenizer: Tokenizer, needle: Needle) -> Question:
 def make_question(judge: Judge, task: str, context: int, i: int, depth: int | None = None) -> Question:
     """The i-th document of a task, of nearly `context` tokens. depth: where its fact lies, in percent (task "single")."""
     options, tokenizer = judge.options, judge.tokenizer
-    filler = read_text(options.data[i % len(options.data)])
+    filler = judge.read_text(options.data[i % len(options.data)])
     needle = make_needle(task, context - (chat_frame(tokenizer) or 0) - SLACK, filler, options.seed * 100_003 + i,
                          length=lambda text: len(tokenizer.encode(text)), depth=None if depth is None else depth / 100)
     return tokenize_needle(tokenizer, needle)
@@ -554,6 +556,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_options(options: argparse.Namespace) -> argparse.Namespace:
     check_device(options.device)
+    check_writable("--json", options.json)
     options.compile = options.compile and can_compile(options.device)
     if options.precision is None:
         options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"

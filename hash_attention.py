@@ -58,6 +58,8 @@ class HashConfig:
             raise UserError("16 signature bits need query_bits of at least 2")
         if not 1 <= self.depth <= 3:
             raise UserError(f"encoder depth must be 1 to 3, not {self.depth}")
+        if self.hidden < 1:
+            raise UserError(f"the width of inner layers must be at least 1, not {self.hidden}")
         if self.share not in ("kv", "query"):
             raise UserError(f"share must be 'kv' or 'query', not {self.share!r}")
 
@@ -93,9 +95,10 @@ class HashConfig:
 class HashEncoder(nn.Module):
     """Encoders of one layer: phi_k for keys and phi_q for queries, all heads batched.
 
-    Key weights are [Hs, in, out], query weights [Hq, in, out]; biases [Hs or Hq, out]. They stay in float32: they are small,
-    and bits next to zero then agree between devices. The last layer is 32 W wide: where bits are 16, the outputs past them have
-    weights of zero, so that codes and query weights are 0 (training keeps them there: the gradient of one is the other).
+    Key weights are [Hs, in, out], query weights [Hq, in, out]; biases [Hs or Hq, out]. They are float32 here (float16 in
+    files): they are small, and bits next to zero then agree between devices. The last layer is 32 W wide: where bits are 16,
+    the outputs past them have weights of zero, so that codes and query weights are 0 (training keeps them there: the gradient
+    of one is the other).
     """
 
     def __init__(self, config: HashConfig, n_head: int, n_kv_head: int, head_dim: int) -> None:
@@ -408,9 +411,24 @@ def random_encoders(config: HashConfig, model: Fingerprint, seed: int = 0) -> li
     return encoders
 
 
+def round_weights(module: nn.Module) -> None:
+    """Make the weights of an encoder, or of one layer of it, the values that a signatures file holds of them."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(_stored(name, parameter))
+
+
+def _stored(name: str, tensor: Tensor) -> Tensor:
+    """Weights are stored as float16; biases, which are few and large where a channel's mean is folded into them, as float32."""
+    largest = torch.finfo(torch.float16).max  # a channel that hardly ever changes has weights beyond it
+    return tensor.detach().clamp(-largest, largest).half() if name.endswith("weight") else tensor.detach()
+
+
 def save_signatures(path: str | Path, encoders: list[HashEncoder], model: Fingerprint, provenance: dict) -> None:
-    """Write the encoders of all layers, their config, the model's fingerprint and how they came to be, as safetensors."""
-    tensors = {f"layers.{i}.{name}": tensor.detach().cpu().contiguous()
+    """Write the encoders of all layers, their config, the model's fingerprint and how they came to be, as safetensors.
+
+    Weights are rounded to float16, half the size; `round_weights` does that to encoders that are to be judged before.
+    """
+    tensors = {f"layers.{i}.{name}": _stored(name, tensor).cpu().contiguous()
                for i, encoder in enumerate(encoders) for name, tensor in encoder.state_dict().items()}
     about = {**provenance, "config": asdict(encoders[0].config), "model": asdict(model)}
     with atomic_path(path) as beside:
@@ -418,7 +436,8 @@ def save_signatures(path: str | Path, encoders: list[HashEncoder], model: Finger
 
 
 def load_signatures(path: str | Path, model: Fingerprint) -> tuple[list[HashEncoder], dict]:
-    """Read what `save_signatures` wrote -> (one HashEncoder per layer, the metadata). UserError where it does not fit."""
+    """Read what `save_signatures` wrote -> (one HashEncoder per layer, in float32, and the metadata). UserError where it does
+    not fit."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no signatures file at {path}; train one with train_hash.py or leave --signatures out")

@@ -52,23 +52,49 @@ class Listwise(Recipe):
     def __init__(self, encoder: HashEncoder) -> None:
         super().__init__(encoder)
         # The first distribution is nearly uniform: one that is sharp and wrong costs most of the steps to undo.
-        self.log_scale = nn.Parameter(torch.full((encoder.n_signature_head, 1, 1), -3.0, device=encoder.key[0].weight.device))
+        scale = torch.full((encoder.n_signature_head, 1, 1, 1), -3.0, device=encoder.key[0].weight.device)
+        self.log_scale = nn.Parameter(scale)
 
     def forward(self, q: Tensor, k: Tensor, weights: Tensor, selectable: Tensor, progress: float) -> Tensor:
         slope = 1 + 2 * progress
         query, key = self.codes(q, k)
         if self.encoder.config.query_bits == 1:  # a query code then counts by its sign alone
             query = torch.tanh(slope * query)
-        score = (self.log_scale.exp() * query.sum(dim=1)) @ torch.tanh(slope * key).transpose(1, 2)  # [Hs, n, T]
-        mass = weights.unflatten(0, (-1, self.encoder.group)).sum(dim=1) * selectable
+        score = (self.log_scale.exp() * self.queries(query)) @ torch.tanh(slope * key)[:, None].transpose(2, 3)  # [Hs, H, n, T]
+        mass = self.targets(weights.unflatten(0, (-1, self.encoder.group))) * selectable
         mass = mass / mass.sum(dim=-1, keepdim=True).clamp(min=1e-9)
         return (score.masked_fill(~selectable, float("-inf")).logsumexp(dim=-1) - (mass * score).sum(dim=-1)).mean()
+
+    def queries(self, codes: Tensor) -> Tensor:
+        """The queries that score tokens, [Hs, G, n, b] -> [Hs, H, n, b]: one for a group, the sum of its heads' codes."""
+        return codes.sum(dim=1, keepdim=True)
+
+    def targets(self, weights: Tensor) -> Tensor:
+        """The attention that their scores shall follow, before it is normalised. [Hs, G, n, T] -> [Hs, H, n, T]."""
+        return weights.sum(dim=1, keepdim=True)
 
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=3e-2)
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-2, total_steps=steps)
+
+
+class ListwiseMax(Listwise):
+    """`Listwise` after the largest attention of any head of the group, so that a sharp head is not outvoted by diffuse ones."""
+
+    def targets(self, weights: Tensor) -> Tensor:
+        return weights.amax(dim=1, keepdim=True)
+
+
+class ListwiseEach(Listwise):
+    """`Listwise` of each query head for its own attention, by the group's one signature: for heads that choose in turn."""
+
+    def queries(self, codes: Tensor) -> Tensor:
+        return codes
+
+    def targets(self, weights: Tensor) -> Tensor:
+        return weights
 
 
 class HashAttention(Recipe):
@@ -132,4 +158,5 @@ class Hata(Recipe):
         return encoder
 
 
-RECIPES: dict[str, type[Recipe]] = {"listwise": Listwise, "hashattention": HashAttention, "hata": Hata}
+RECIPES: dict[str, type[Recipe]] = {"listwise": Listwise, "listwise_max": ListwiseMax, "listwise_each": ListwiseEach,
+                                    "hashattention": HashAttention, "hata": Hata}

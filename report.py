@@ -130,10 +130,12 @@ def parity_table(rows: list[dict]) -> str:
 
 
 def method(row: dict) -> str:
-    """What chose the tokens: a selector, its recipe, its bits."""
-    if row["selector"] == "hash" and row.get("recipe"):
-        return f"hash ({row['recipe']}, {row['bits']} bit)"
-    return row["selector"].replace("_", " ")
+    """What chose the tokens: a selector and its signatures."""
+    name = row["selector"].replace("_", " ")
+    if row["selector"].startswith("hash") and row.get("recipe"):
+        each = ", one per query head" if row["share"] == "query" else ""
+        return f"{name} ({row['recipe']}, {row['bits']} bit{each})"
+    return name
 
 
 def ppl_table(rows: list[dict]) -> str:

@@ -30,13 +30,23 @@ from tqdm import tqdm
 
 from budgets import UNIT, calibrate, curve_units
 from checkpoint import load_model
-from common import Parser, UserError, atomic_path, check_device, default_device, environment, run_command
+from common import (
+    Parser,
+    UserError,
+    atomic_path,
+    check_device,
+    check_writable,
+    default_device,
+    environment,
+    run_command,
+)
 from hash_attention import (
     Fingerprint,
     HashConfig,
     HashEncoder,
     load_signatures,
     random_encoders,
+    round_weights,
     save_signatures,
     select_tokens_reference,
 )
@@ -177,10 +187,15 @@ class Standard:
         return (x.float() - self.mean) / self.std
 
     def fold(self, layer: nn.Module) -> None:
-        """Make a first layer that was trained on standardised inputs take them as they are."""
+        """Make a first layer that was trained on standardised inputs take them as they are.
+
+        Its weights are rounded as in the file before its bias is taken from them: where a mean is many deviations, so is what
+        rounding does to it.
+        """
         repeat = len(layer.weight) // len(self.mean)
         mean, std = self.mean.repeat_interleave(repeat, dim=0), self.std.repeat_interleave(repeat, dim=0)
         layer.weight.div_(std.transpose(1, 2))
+        round_weights(layer)
         layer.bias.sub_((mean @ layer.weight).squeeze(1))
 
 
@@ -338,10 +353,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=8192, help="tokens per training sequence (default: 8192)")
     parser.add_argument("--sequences", type=int, default=16, help="training sequences (default: 16)")
     parser.add_argument("--needles", type=float, default=0.3, help="share of them that are retrieval documents (default: 0.3)")
-    parser.add_argument("--recipe", choices=RECIPES, default="listwise", help="sets the defaults of the next four")
+    parser.add_argument("--recipe", choices=RECIPES, default="listwise", help="sets the defaults of the next five")
     parser.add_argument("--bits", type=int, help="signature bits per token and signature head")
     parser.add_argument("--query_bits", type=int, help="bits per query weight; 1 = signs alone")
     parser.add_argument("--depth", type=int, help="layers of the encoders")
+    parser.add_argument("--hidden", type=int, help="width of their inner layers, where --depth is more than 1")
     parser.add_argument("--share", choices=("kv", "query"), help="one signature per KV head or per query head")
     parser.add_argument("--steps", type=int, default=300, help="training steps per layer (default: 300)")
     parser.add_argument("--layers", type=int, nargs="+", help="train these alone; the others stay random projections")
@@ -357,12 +373,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> None:
     check_device(args.device)
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {error.strerror}; choose another place") from error
-    if args.out.is_dir() or not os.access(args.out.parent, os.W_OK):  # better now than after the training
-        raise UserError(f"--out {args.out} cannot be written; give a file in a writable folder")
+    check_writable("--out", args.out)
     if not 0 <= args.seed < 2 ** 31:
         raise UserError(f"--seed must be 0 to {2 ** 31 - 1}, not {args.seed}")
     if args.sequences < 1:
@@ -433,8 +444,10 @@ def main() -> None:
     args = parse_arguments()
     check_arguments(args)
     recipe = RECIPES[args.recipe]
-    given = {field: getattr(args, field) for field in ("bits", "query_bits", "depth", "share")}
+    given = {field: getattr(args, field) for field in ("bits", "query_bits", "depth", "hidden", "share")}
     config = replace(recipe.config, **{field: value for field, value in given.items() if value is not None})
+    if args.hidden is not None and config.depth == 1:
+        raise UserError("--hidden is the width of inner layers and --depth 1 has none; give --depth 2 or 3, or leave it out")
     texts = read_texts(args.data)
     begin = time.perf_counter()
     if args.device.startswith("cuda"):
@@ -467,6 +480,7 @@ def main() -> None:
                     recipe, encoders[i], queries[:len(training)], keys[:len(training)], [s.asked for s in training], args.steps,
                     args.sink, args.recent, args.seed * 100_003 + i)
                 layers.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
+            round_weights(encoders[i])  # what is judged is what the file will hold
             mass, curve = judge_layer({"random": untrained[i].to(args.device), "trained": encoders[i]}, kept,
                                       queries[len(training):], keys[len(training):], budget, args.sink, args.recent)
             partial.save(i, encoders[i].state_dict() | {"curve": curve}, mass)

@@ -18,7 +18,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import load_model
-from common import Parser, UserError, atomic_path, check_device, default_device, environment, run_command
+from common import (
+    Parser,
+    UserError,
+    atomic_path,
+    check_device,
+    check_writable,
+    default_device,
+    environment,
+    run_command,
+)
 from hash_attention import Fingerprint, HashConfig, HashEncoder, random_encoders
 from recipes import RECIPES
 from train_hash import (
@@ -178,6 +187,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
     check_device(args.device)
+    check_writable("--json", args.json)
     if args.context * min(VARIANTS[name].context_share for name in args.variants) < 2 * (args.sink + args.recent + 64):
         raise UserError(f"--context {args.context} leaves too few tokens to choose among; give a longer one")
     if not 1 <= args.sequences or not 0 <= args.needles < 1 or args.steps < 1:

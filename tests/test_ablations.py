@@ -24,6 +24,11 @@ def test_value_norms_are_a_channel_that_attention_does_not_see() -> None:
                                attention_weights(q[:, positions], k, positions))
 
 
+def test_rows_that_cannot_be_written_are_no_surprise(tmp_path: Path, in_process) -> None:
+    done = in_process(ablations.main, "ablations.py", "--checkpoint_path", "none", "--data", "none", "--json", tmp_path)
+    assert done.code == 2 and done.err.startswith(f"error: --json {tmp_path} cannot be written")
+
+
 def test_every_variant_has_its_rows(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(f"{WORDS[i % 10].capitalize()} {WORDS[i * i % 7]} {WORDS[i // 3 % 9]}." for i in range(600))
     (tmp_path / "book.txt").write_text(text)

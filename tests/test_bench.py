@@ -35,6 +35,7 @@ def test_latency_measures_a_dense_and_a_sparse_step(monkeypatch: pytest.MonkeyPa
     ("attention --cases 1x2", "argument --cases: '1x2' is not batch x context x sparsity"),
     ("prefill --context few", "argument --context: invalid int value: 'few'"),
     ("ragged --sparsity nan", "argument --sparsity: nan is out of range"),
+    ("decode --json bench.py/rows.json", "--json bench.py/rows.json cannot be written"),
 ])
 def test_mistakes(words: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bench.py", *words.split()])

@@ -60,7 +60,7 @@ def ragged(judge: Judge) -> tuple[list[torch.Tensor], list[int]]:
 
 def test_ppl_rows_and_a_whole_budget_loses_nothing(files: dict[str, Path]) -> None:
     rows = list(eval.ppl(options(files, "ppl", "--selector", *SELECTORS, "--ratios", "1", "8")))
-    assert len(rows) == 1 + 2 * (len(SELECTORS) + 1)  # dense once, hash and hash_calibrated from two files
+    assert len(rows) == 1 + 2 * (len(SELECTORS) + 3)  # dense once; hash and three of its kind from two files
     fields = {"model", "context", "selector", "recipe", "bits", "query_bits", "share", "ratio", "budget", "bytes_per_token",
               "ppl_ratio", "per_text"}
     for row in rows:
@@ -242,6 +242,15 @@ def test_scores_of_answers(files: dict[str, Path], says: str, goes_on: str, exac
     assert stub.asked == (judge.tokenizer.encode("s") * 2, ends)
 
 
+def test_a_text_is_read_once_for_all_documents(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr(eval, "read_text", lambda path: read.append(path) or PROSE)
+    judge = Judge(options(files, "needles", "--selector", "dense"), 2)
+    for i in range(3):
+        make_question(judge, "single", 480, i)
+    assert read == [files["text"]]
+
+
 def test_paired_interval() -> None:
     assert paired_interval(torch.full((8,), 0.25), 0) == [0.25, 0.25]
     values = torch.randn(400, generator=torch.Generator().manual_seed(0))
@@ -288,7 +297,7 @@ def test_recall(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monk
                     "--json", str(tmp_path / "recall.json"))
     rows = run_main(given, monkeypatch)
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
-    assert len(rows) == 2 * (len(SELECTORS) + 1)
+    assert len(rows) == 2 * (len(SELECTORS) + 3)
     mass = {(row["selector"], row["recipe"]): torch.tensor(row["mass_by_head"]) for row in rows if row["ratio"] == 8}
     oracle = mass.pop(("oracle", None))
     assert oracle.shape == (2, 2)
@@ -296,7 +305,7 @@ def test_recall(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monk
     mass = {name: share for name, share in mass.items() if name[0] != "hash_calibrated"}
     for name, share in mass.items():
         assert (share <= oracle + 1e-6).all(), name
-        if name[0] not in ("oracle_group",) and name[1] != "query" and name[0] not in ("quest", "double_sparsity"):
+        if name[0] not in ("oracle_group", "oracle_split", "quest", "double_sparsity") and name[1] != "query":
             assert (share <= mass["oracle_group", None] + 1e-6).all(), name
     for row in rows:
         if row["ratio"] == 1:
@@ -310,6 +319,7 @@ def test_recall(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monk
     (["ppl", "--last", "320"], "--last 320"), (["recall", "--selector", "dense"], "besides dense"),
     (["needles", "--samples", "0"], "--samples 0"), (["ppl", "--selector", "magic"], "magic"),
     (["ppl", "--last", "2", "--context", "8"], "are more than --context 8"), (["ppl", "--batch_size", "0"], "--batch_size 0"),
+    (["ppl", "--json", "eval.py/rows.json"], "--json eval.py/rows.json cannot be written"),
     (["grid", "--depths", "0", "101"], "--depths 0 101"), (["grid", "--contexts", "480", "8192"], "--context 8192")])
 def test_mistakes(files: dict[str, Path], arguments: list[str], message: str) -> None:
     with pytest.raises(eval.UserError, match=message):

@@ -151,8 +151,12 @@ def test_signatures_survive_their_file(config, tmp_path):
     loaded, about = ha.load_signatures(tmp_path / "s.safetensors", MODEL)
     assert about["recipe"] == "none" and loaded[0].config == config
     for encoder, again in zip(encoders, loaded, strict=True):
+        ha.round_weights(encoder)
         for name, tensor in encoder.state_dict().items():
             assert torch.equal(tensor, again.state_dict()[name])
+    weight, tensors = encoders[0].key[0].weight, load_file(tmp_path / "s.safetensors")
+    assert weight.dtype == torch.float32 and torch.equal(weight, weight.half().float())
+    assert tensors["layers.0.key.0.weight"].dtype == torch.float16
     assert list(tmp_path.iterdir()) == [tmp_path / "s.safetensors"]
 
 
@@ -177,7 +181,8 @@ def test_foreign_or_broken_signature_files_are_refused(tmp_path):
         ha.load_signatures(path, MODEL)
 
 
-@pytest.mark.parametrize("wrong", [{"bits": 48}, {"query_bits": 0}, {"query_bits": 9}, {"depth": 4}, {"share": "layer"}])
+@pytest.mark.parametrize("wrong", [{"bits": 48}, {"query_bits": 0}, {"query_bits": 9}, {"depth": 4}, {"hidden": 0},
+                                   {"share": "layer"}])
 def test_unknown_shapes_of_signatures_are_refused(wrong):
     with pytest.raises(UserError):
         HashConfig(**wrong)

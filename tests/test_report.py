@@ -13,8 +13,8 @@ STEP = {"model": "m", **SIZES, "attention": "dense", "sparsity": 1, "ms_per_step
         "compile_s": 3.0}
 CASE = {**SIZES, "sparsity": 32, "mode": "default", "encode_us": 5.0, "total_us": 20.0, "floor_us": 2.0}
 PEERS = {"dense_best_us": 50.0, "dense_best": "cudnn", "dense_gb_s": 4000.0, "flash_us": 60.0, "flex_us": None}
-JUDGED = {"model": "m", "context": 8192, "selector": "hash", "recipe": "listwise", "bits": 32, "ratio": 16, "budget": 512,
-          "exact": 3, "samples": 4}
+JUDGED = {"model": "m", "context": 8192, "selector": "hash", "recipe": "listwise", "bits": 32, "share": "kv", "ratio": 16,
+          "budget": 512, "exact": 3, "samples": 4}
 ROWS = {  # table: its rows, and cells that must come of them
     "attention": ([CASE | PEERS, CASE | {"mode": "paper", "total_us": 33.0}],
                   ["1 x 32K, 1/32", "20.0", "50 (cudnn, 4000 GB/s)", "2.5x", "60", "-", "33.0"]),
@@ -32,7 +32,9 @@ ROWS = {  # table: its rows, and cells that must come of them
                  "ratio": 0.6, "note": "random weights"}], ["int8", "3.00", "5.00", "0.60", "random weights"]),
     "ppl": ([JUDGED | {"ppl_ratio": 1.25, "per_text": {"a": 1.5, "b": 1.0}}],
             ["hash (listwise, 32 bit)", "512 of 8192", "1.250", "1.000 - 1.500"]),
-    "needles": ([JUDGED | {"task": "uuids"}, JUDGED | {"task": "single", "exact": 4}], ["3/4", "4/4", "7/8"]),
+    "needles": ([JUDGED | {"task": "uuids"}, JUDGED | {"task": "single", "exact": 4},
+                 JUDGED | {"task": "uuids", "selector": "hash_turns", "share": "query"}],
+                ["3/4", "4/4", "7/8", "hash turns (listwise, 32 bit, one per query head)"]),
     "grid": ([JUDGED | {"depth": depth} for depth in (0, 50)], ["1/16", "6/8"]),
     "quickstart": ([{"device": "cpu", "attention": "hash", "prompt_tokens": 6000, "budget": 384, "decode_tok_s": 20.0,
                      "agreement": 0.9, "perplexity_ratio": 1.01}], ["384", "20.0", "0.900", "1.010"]),
