@@ -1,7 +1,7 @@
 """Linear layers of a decode step together with the norm before and the activation or residual after them.
 
-Plain PyTorch on a CPU, for prompts, and for layers that are quantised or divided among ranks; one Triton kernel each
-(linear_kernels.py) for a step of one sequence on a GPU. Of more rows cuBLAS is as fast.
+Plain PyTorch on a CPU, for prompts, and for layers that are divided among ranks; one Triton kernel each (linear_kernels.py, or
+quant_kernels.py where weights are quantised) for a step of one sequence on a GPU. Of more rows cuBLAS is as fast.
 
 Symbols: K inputs, N outputs.
 """
@@ -39,8 +39,11 @@ def _after(out: Tensor, residual: Tensor | None, gated: bool) -> Tensor:
 def linear(x: Tensor, layer: nn.Module, norm: nn.Module | None = None, residual: Tensor | None = None,
            gated: bool = False) -> Tensor:
     """`linear_reference` of a layer and the RMSNorm before it, by one kernel where x is one row on a GPU."""
-    if x.is_cuda and type(layer) is nn.Linear and x.numel() == x.shape[-1]:
-        import linear_kernels
-        weight, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
-        return linear_kernels.linear(x, layer.weight, layer.bias, weight, eps, residual, gated)
+    if x.is_cuda and x.numel() == x.shape[-1]:
+        around = (*((norm.weight, norm.eps) if norm is not None else (None, 0.0)), residual, gated)
+        if type(layer) is nn.Linear:
+            import linear_kernels
+            return linear_kernels.linear(x, layer.weight, layer.bias, *around)
+        if getattr(layer, "has_row_kernel", False):  # quant_linear.py
+            return layer.row(x, *around)
     return _after(layer(x if norm is None else norm(x)), residual, gated)

@@ -25,7 +25,7 @@ def _parameters(N: int, K: int) -> dict[str, int]:
 
 
 @triton.jit
-def _gate(gate, up):
+def silu_gate(gate, up):
     return gate / (1 + tl.exp(-gate)) * up
 
 
@@ -66,7 +66,7 @@ def _linear_kernel(x, norm, weight, bias, residual, out, N, K, eps, NORM: tl.con
         scale = tl.rsqrt(tl.sum(squares) / K + eps)
         value *= scale
     if GATED:
-        value = _gate(value, tl.sum(total_up, axis=1) * scale)
+        value = silu_gate(value, tl.sum(total_up, axis=1) * scale)
     if BIAS:
         value += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     if ADD:
