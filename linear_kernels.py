@@ -51,7 +51,7 @@ def _shared_bytes(device: torch.device) -> int:
 
 
 @triton.jit
-def _gate(gate, up):
+def silu_gate(gate, up):
     return gate / (1 + tl.exp(-gate)) * up
 
 
@@ -92,7 +92,7 @@ def _row_kernel(x, norm, weight, bias, residual, out, N, K, eps, NORM: tl.conste
         scale = tl.rsqrt(tl.sum(squares) / K + eps)
         value *= scale
     if GATED:
-        value = _gate(value, tl.sum(total_up, axis=1) * scale)
+        value = silu_gate(value, tl.sum(total_up, axis=1) * scale)
     if BIAS:
         value += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     if ADD:
@@ -140,7 +140,7 @@ def _rows_kernel(x, norm, weight, bias, residual, out, M, N, K, eps, NORM: tl.co
     value = acc
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(acc, [2, BLOCK_N, 16]), [1, 2, 0]))
-        value = _gate(gate, up)
+        value = silu_gate(gate, up)
     n = (first_n + tl.arange(0, BLOCK_N))[:, None]
     at = m * N + n
     mask = (m < M) & (n < N)

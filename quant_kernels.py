@@ -1,6 +1,7 @@
 """Triton kernels of products with quantised weights. quant_linear.py holds the formats and the definitions (`*_reference`).
 
 int8_linear, int4_linear   1 to 16 rows: read the weights once, dequantise in registers    one kernel, or two where K is split
+int8_row, int4_row         one row, with the norm, gate and residual around it             one kernel
 dequantize_int4            the weights in full, for prompts                                one kernel
 
 One row is a sum along each output's weights; more rows go through tensor cores. Integers become floats by their bits,
@@ -14,23 +15,22 @@ import triton.language as tl
 from torch import Tensor
 
 from hash_kernels import DEPENDENT_LAUNCH, INTERPRETED, after_previous
+from linear_kernels import silu_gate
 
 # ------------------------------------------------------------------------------------------------------ launch parameters
 
-# A multiprocessor of an H200 needs some 30 KB of loads on the way. Products chose these by measurement, rows by counting.
+# By measurement on an H200, a multiprocessor of which needs some 30 KB of loads on the way.
 
-def _int8_row_parameters(N: int) -> dict[str, int]:
-    """block_n: outputs of a program.  block_w: words of 4 inputs at a time, two a thread.
-
-    Every program of a narrow product is resident at once, so that only longer pieces of a row bring more bytes on the way.
-    """
-    num_warps = 8 if N <= 4096 else 4 if N <= 8192 else 2
-    return {"block_n": 8 if N > 2048 else 2, "block_w": 64 * num_warps, "num_warps": num_warps}
+def _int8_row_parameters(N: int, K: int) -> dict[str, int]:
+    """block_n: rows of the weight that a program takes.  block_w: words of 4 inputs at a time, two a thread."""
+    block_n = 2 if N <= 2048 else 8 if N <= 4096 else 4
+    num_warps = min(8, triton.next_power_of_2(triton.cdiv(K, 256)))
+    return {"block_n": block_n, "block_w": 64 * num_warps, "num_warps": num_warps}
 
 
 def _int4_row_parameters(N: int) -> dict[str, int]:
     """block_u: blocks of 32 inputs at a time, one a thread."""
-    num_warps = 4 if N <= 4096 else 2 if N <= 8192 else 1
+    num_warps = 4 if N <= 8192 else 1
     return {"block_n": 8 if N > 2048 else 2, "block_u": 32 * num_warps, "num_warps": num_warps}
 
 
@@ -62,26 +62,27 @@ def _precision(x: Tensor) -> str:
 
 @triton.jit
 def _int8_mantissas(w):
-    """int32 w -> its four signed bytes as float32 1.5 + byte / 256: the byte, its sign turned round, in the mantissa of 1.0 at
-    bit 15. Two instructions, where a conversion takes the time of four."""
+    """int32 w -> its four signed bytes as float32 1152 + byte: a permutation of bytes puts two in the mantissas of float16
+    1024, which widen at the rate of additions. A conversion from integers takes the time of four."""
+    w ^= -0x7F7F7F80  # 0x80808080
     if INTERPRETED:
-        moved = w << 15, w << 7, w >> 1, w >> 9
         values = ()
         for i in tl.static_range(4):
-            values += (((moved[i] & 0x7F8000) ^ 0x3FC00000).to(tl.float32, bitcast=True),)
+            values += ((((w >> 8 * i) & 255) + 1024).to(tl.float32),)
         return values
     else:
         return tl.inline_asm_elementwise("""{
             .reg .b32 a;
-            shl.b32 a, $4, 15;
-            lop3.b32 $0, a, 0x7F8000, 0x3FC00000, 0x6A;
-            shl.b32 a, $4, 7;
-            lop3.b32 $1, a, 0x7F8000, 0x3FC00000, 0x6A;
-            shr.u32 a, $4, 1;
-            lop3.b32 $2, a, 0x7F8000, 0x3FC00000, 0x6A;
-            shr.u32 a, $4, 9;
-            lop3.b32 $3, a, 0x7F8000, 0x3FC00000, 0x6A;
-            }""", "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.float32,) * 4, is_pure=True, pack=1)
+            .reg .f16 x, y;
+            prmt.b32 a, $4, 0x64646464, 0x4140;
+            mov.b32 {x, y}, a;
+            cvt.f32.f16 $0, x;
+            cvt.f32.f16 $1, y;
+            prmt.b32 a, $4, 0x64646464, 0x4342;
+            mov.b32 {x, y}, a;
+            cvt.f32.f16 $2, x;
+            cvt.f32.f16 $3, y;
+            }""", "=&f,=&f,=&f,=&f,r", [w], dtype=(tl.float32,) * 4, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -131,35 +132,72 @@ def _four_inputs(x, word, inside, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _rows(N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A program's first output, and [BLOCK_N] outputs from there, the last again for those beyond. Where none is, they are
-    constants, which addresses take at no cost."""
-    first = tl.program_id(0) * BLOCK_N
-    row = tl.arange(0, BLOCK_N)
-    if N % BLOCK_N != 0:
+def _rows(N: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A program's first output, and how far from there its BLOCK_N rows of the weight are, gate and up in turn where GATED.
+    Beyond the last output it is the last again. Where none is, they are constants, which addresses take at no cost."""
+    per_output: tl.constexpr = 2 if GATED else 1
+    first = tl.program_id(0) * (BLOCK_N // per_output)
+    row = tl.arange(0, BLOCK_N) // per_output
+    if N % (BLOCK_N // per_output) != 0:
         row = tl.minimum(row, N - 1 - first)
+    if GATED:
+        row += N * (tl.arange(0, BLOCK_N) % 2)
     return first.to(tl.int64), row
 
 
 @triton.jit
-def _int8_row_kernel(x, weight, scale, out, N: tl.constexpr, K: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr,
-                     BLOCK_W: tl.constexpr):
-    """x [K], weight [N, K] as int32 [N, K / 4] -> out [N]. Weights beyond the last are any number, and meet an input of 0."""
+def _outputs_here(N: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The outputs of a program."""
+    outputs: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    return tl.program_id(0) * outputs + tl.arange(0, outputs)
+
+
+@triton.jit
+def _store_row(out, value, added, N: tl.constexpr, GATED: tl.constexpr):
+    """value [BLOCK_N] in the order of `_rows` and what is added to each output -> out [N]."""
+    n = _outputs_here(N, GATED, value.shape[0])
+    if GATED:
+        gate, up = tl.split(tl.reshape(value, [value.shape[0] // 2, 2]))
+        value = silu_gate(gate, up)
+    tl.store(out + n, (value + added).to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _int8_row_kernel(x, norm, weight, scale, bias, residual, out, eps, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr,
+                     PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
+    """x [K], norm [K], weight [N, K] or, GATED, [2 N, K] as int32 [.., K / 4], scale and bias [N or 2 N], residual [N]
+    -> out [N].
+
+    Inputs times `_int8_mantissas` sum to x q plus 1152 x, which every output shares. Weights beyond the last are any number,
+    and meet an input of 0.
+    """
     # Two words a thread, where weights alone would have four: as many as one load has of `_four_inputs`.
     word = tl.max_contiguous(tl.arange(0, BLOCK_W), 2)[None, :]
     words: tl.constexpr = K // 4
-    first_row, row = _rows(N, BLOCK_N)
+    first_row, row = _rows(N, GATED, BLOCK_N)
     weight += first_row * words
     at = row[:, None] * words + word
     w = tl.load(weight + at, mask=word < words)
     s = tl.load(scale + first_row + row).to(tl.float32)
+    shift = 0.0
+    if bias is not None:
+        shift = tl.load(bias + first_row + row).to(tl.float32)
     after_previous()
+    added = 0.0
+    if residual is not None:
+        n = _outputs_here(N, GATED, BLOCK_N)
+        added = tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
     ones = tl.zeros([1, BLOCK_W], tl.float32)
+    squares = tl.zeros([1, BLOCK_W], tl.float32)
     for first in range(0, words, BLOCK_W):
         beyond = first + BLOCK_W
         following = tl.load(weight + beyond + at, mask=beyond + word < words)
         x0, x1, x2, x3 = _four_inputs(x, first + word, first + word < words, PACKED)
+        if norm is not None:
+            squares += (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3)
+            g0, g1, g2, g3 = _four_inputs(norm, first + word, first + word < words, PACKED)
+            x0, x1, x2, x3 = x0 * g0, x1 * g1, x2 * g2, x3 * g3
         ones += (x0 + x1) + (x2 + x3)
         w0, w1, w2, w3 = _int8_mantissas(w)
         total += w0 * x0
@@ -167,8 +205,10 @@ def _int8_row_kernel(x, weight, scale, out, N: tl.constexpr, K: tl.constexpr, PA
         total += w2 * x2
         total += w3 * x3
         w = following
-    value = 256 * s * tl.sum(total - 1.5 * ones, axis=1)
-    tl.store(out + first_row + row, value.to(out.dtype.element_ty))
+    value = s * tl.sum(total - 1152 * ones, axis=1)
+    if norm is not None:
+        value *= tl.rsqrt(tl.sum(squares) / K + eps)
+    _store_row(out, value + shift, added, N, GATED)
 
 
 @triton.jit
@@ -178,9 +218,10 @@ def _sum_of_four(t):
 
 
 @triton.jit
-def _int4_row_kernel(x, weight, scale, zero, out, N: tl.constexpr, K: tl.constexpr, GROUPSIZE: tl.constexpr,
-                     BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
-    """x [K], weight [N, K / 8] -> out [N]. A thread takes a block of 32 inputs of BLOCK_N outputs: four words, one group each.
+def _int4_row_kernel(x, norm, weight, scale, zero, bias, residual, out, eps, N: tl.constexpr, K: tl.constexpr,
+                     GROUPSIZE: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
+    """x [K], norm [K], weight [N, K / 8] or, GATED, [2 N, K / 8], bias [N or 2 N], residual [N] -> out [N]. A thread takes a
+    block of 32 inputs of BLOCK_N rows of the weight: four words, one group each.
 
     Inputs times `_int4_mantissas` sum to x q plus what the ones add, which every output shares and sums begin without.
     That costs 8 of float32's 24 bits: a relative error of a few 2^-16, below the rounding of the result in any narrower type.
@@ -188,17 +229,14 @@ def _int4_row_kernel(x, weight, scale, zero, out, N: tl.constexpr, K: tl.constex
     """
     words: tl.constexpr = K // 8
     groups: tl.constexpr = K // GROUPSIZE
-    first_row, row = _rows(N, BLOCK_N)
+    first_row, row = _rows(N, GATED, BLOCK_N)
     word = tl.arange(0, 4 * BLOCK_U)[None, :]
     weight += first_row * words
     at = row[:, None] * words + word
-    x += word // 4 * 32 + word % 4
+    x_at = word // 4 * 32 + word % 4
     # [BLOCK_N, BLOCK_U] scales in one dimension, loaded one at a time: so each comes to the thread that has its block.
     unit = tl.max_contiguous(tl.arange(0, BLOCK_N * BLOCK_U), 1)
-    scale_at = tl.arange(0, BLOCK_N * BLOCK_U) // BLOCK_U
-    if N % BLOCK_N != 0:
-        scale_at = tl.minimum(scale_at, (N - 1 - first_row).to(tl.int32))
-    scale_at *= groups
+    scale_at = tl.reshape(tl.broadcast_to(row[:, None], [BLOCK_N, BLOCK_U]), [BLOCK_N * BLOCK_U]) * groups
     unit = unit % BLOCK_U
     scale += first_row * groups
     zero += first_row * groups
@@ -206,9 +244,17 @@ def _int4_row_kernel(x, weight, scale, zero, out, N: tl.constexpr, K: tl.constex
     group = scale_at + tl.minimum(unit // (GROUPSIZE // 32), groups - 1)
     s = tl.load(scale + group)
     z = tl.load(zero + group)
+    shift = 0.0
+    if bias is not None:
+        shift = tl.load(bias + first_row + row).to(tl.float32)
     after_previous()
+    added = 0.0
+    if residual is not None:
+        n = _outputs_here(N, GATED, BLOCK_N)
+        added = tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
     scaled = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
     offset = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
+    squares = tl.zeros([1, 4 * BLOCK_U], tl.float32)
     for first in range(0, words, 4 * BLOCK_U):
         beyond = first + 4 * BLOCK_U
         next_w = tl.load(weight + beyond + at, mask=beyond + word < words)
@@ -219,7 +265,11 @@ def _int4_row_kernel(x, weight, scale, zero, out, N: tl.constexpr, K: tl.constex
         odd = tl.zeros([1, 4 * BLOCK_U], tl.float32)
         inputs = ()
         for i in tl.static_range(8):
-            value = tl.load(x + 8 * first + 4 * i, mask=first + word < words, other=0.0).to(tl.float32)
+            place = 8 * first + 4 * i + x_at
+            value = tl.load(x + place, mask=first + word < words, other=0.0).to(tl.float32)
+            if norm is not None:
+                squares += value * value
+                value *= tl.load(norm + place, mask=first + word < words, other=0.0).to(tl.float32)
             if i % 2 == 0:
                 value *= 16
                 even += value
@@ -233,7 +283,10 @@ def _int4_row_kernel(x, weight, scale, zero, out, N: tl.constexpr, K: tl.constex
         scaled += tl.reshape(s, [BLOCK_N, BLOCK_U]).to(tl.float32) * _sum_of_four(products)
         offset += tl.reshape(z, [BLOCK_N, BLOCK_U]).to(tl.float32) * _sum_of_four(even / 16 + odd)
         w, s, z = next_w, next_s, next_z
-    tl.store(out + first_row + row, tl.sum(16 * scaled + offset, axis=1).to(out.dtype.element_ty))
+    value = tl.sum(16 * scaled + offset, axis=1)
+    if norm is not None:
+        value *= tl.rsqrt(tl.sum(squares) / K + eps)
+    _store_row(out, value + shift, added, N, GATED)
 
 
 # ---------------------------------------------------------------------------------------------------------- several rows
@@ -363,7 +416,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     N, K = weight.shape
     if len(x) == 1 and K % 4 == 0:
-        return _launch_int8_row(x, weight, scale, **_int8_row_parameters(N))
+        return _launch_int8_row(x, weight, scale, **_int8_row_parameters(N, K))
     return _launch_int8_dot(x, weight, scale, **_int8_dot_parameters(N, K))
 
 
@@ -372,12 +425,33 @@ def _(x, weight, scale):
     return x.new_empty(len(x), len(weight))
 
 
-def _launch_int8_row(x: Tensor, weight: Tensor, scale: Tensor, *, block_n: int, block_w: int, num_warps: int) -> Tensor:
-    N, K = weight.shape
-    out = torch.empty((1, N), dtype=x.dtype, device=x.device)
-    _int8_row_kernel[(triton.cdiv(N, block_n),)](
-        x, weight.view(torch.int32), scale, out, N, K, PACKED=x.element_size() == 2 and x.data_ptr() % 8 == 0,
-        BLOCK_N=block_n, BLOCK_W=block_w, num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
+@torch.library.custom_op("hashfast::int8_row", mutates_args=())
+def int8_row(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float,
+             residual: Tensor | None, gated: bool) -> Tensor:
+    """`linear.linear_reference` of one row: x [1, .., K], int8 [N, K] ([2 N, K] where gated), K % 4 == 0 -> [1, .., N]."""
+    return _launch_int8_row(x, weight, scale, bias, norm, eps, residual, gated, **_int8_row_parameters(*weight.shape))
+
+
+@int8_row.register_fake
+def _(x, weight, scale, bias, norm, eps, residual, gated):
+    return _outputs(x, weight, gated)
+
+
+def _outputs(x: Tensor, weight: Tensor, gated: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(weight) // (2 if gated else 1)))
+
+
+def _launch_int8_row(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, norm: Tensor | None = None,
+                     eps: float = 0.0, residual: Tensor | None = None, gated: bool = False, *, block_n: int, block_w: int,
+                     num_warps: int) -> Tensor:
+    out = _outputs(x, weight, gated)
+    x = x.contiguous()
+    packed = all(t.element_size() == 2 and t.data_ptr() % 8 == 0 for t in (x, norm) if t is not None)
+    _int8_row_kernel[(triton.cdiv(len(weight), block_n),)](
+        x, norm, weight.view(torch.int32), scale, bias, residual.contiguous() if residual is not None else None, out, eps,
+        out.shape[-1], x.shape[-1], GATED=gated, PACKED=packed, BLOCK_N=block_n, BLOCK_W=block_w, num_warps=num_warps,
+        maxnreg=64 if num_warps == block_n == 8 and norm is None else None,  # with 65 three run at once, not four
+        launch_pdl=DEPENDENT_LAUNCH)
     return out
 
 
@@ -413,13 +487,26 @@ def _(x, weight, scale, zero):
     return x.new_empty(len(x), len(weight))
 
 
-def _launch_int4_row(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, *, block_n: int, block_u: int,
-                     num_warps: int) -> Tensor:
-    N, K = len(weight), x.shape[1]
-    out = torch.empty((1, N), dtype=x.dtype, device=x.device)
-    _int4_row_kernel[(triton.cdiv(N, block_n),)](
-        x, weight, scale, zero, out, N, K, GROUPSIZE=K // scale.shape[1], BLOCK_N=block_n, BLOCK_U=block_u,
-        num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
+@torch.library.custom_op("hashfast::int4_row", mutates_args=())
+def int4_row(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float,
+             residual: Tensor | None, gated: bool) -> Tensor:
+    """`linear.linear_reference` of one row: x [1, .., K], int32 [N, K / 8] ([2 N, K / 8] where gated) -> [1, .., N]."""
+    return _launch_int4_row(x, weight, scale, zero, bias, norm, eps, residual, gated, **_int4_row_parameters(len(weight)))
+
+
+@int4_row.register_fake
+def _(x, weight, scale, zero, bias, norm, eps, residual, gated):
+    return _outputs(x, weight, gated)
+
+
+def _launch_int4_row(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None = None,
+                     norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None, gated: bool = False, *,
+                     block_n: int, block_u: int, num_warps: int) -> Tensor:
+    out, K = _outputs(x, weight, gated), x.shape[-1]
+    _int4_row_kernel[(triton.cdiv(len(weight), block_n),)](
+        x.contiguous(), norm, weight, scale, zero, bias, residual.contiguous() if residual is not None else None, out, eps,
+        out.shape[-1], K, GROUPSIZE=K // scale.shape[1], GATED=gated, BLOCK_N=block_n, BLOCK_U=block_u, num_warps=num_warps,
+        launch_pdl=DEPENDENT_LAUNCH)
     return out
 
 

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linear import KERNEL_ROWS  # more are multiplied by a dequantised copy
+
 GROUPSIZES = (32, 64, 128, 256)
-KERNEL_ROWS = 16  # rows that the kernels take; more are multiplied by a dequantised copy
 ROWS_AT_ONCE = 4096  # outputs quantised together, which bounds the float32 copies
 
 
@@ -114,6 +115,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
+        self.has_row_kernel = in_features % 4 == 0  # which reads four weights as one word
         self.weight = _parameter(out_features, in_features, dtype=torch.int8)
         self.scale = _parameter(out_features)
         self.bias = _parameter(out_features) if bias else None
@@ -127,9 +129,16 @@ class Int8Linear(nn.Module):
             out = int8_linear_reference(rows, self.weight, self.scale)
         return _shaped(out, self.bias, x)
 
+    def row(self, x: Tensor, norm: Tensor | None, eps: float, residual: Tensor | None, gated: bool) -> Tensor:
+        """`linear.linear_reference` of one row on a GPU."""
+        import quant_kernels
+        return quant_kernels.int8_row(x, self.weight, self.scale, self.bias, norm, eps, residual, gated)
+
 
 class Int4Linear(nn.Module):
     """nn.Linear with int4 weights. in_features is a multiple of groupsize."""
+
+    has_row_kernel = True
 
     def __init__(self, in_features: int, out_features: int, bias: bool, groupsize: int) -> None:
         super().__init__()
@@ -149,6 +158,11 @@ class Int4Linear(nn.Module):
         else:
             out = int4_linear_reference(rows, self.weight, self.scale, self.zero)
         return _shaped(out, self.bias, x)
+
+    def row(self, x: Tensor, norm: Tensor | None, eps: float, residual: Tensor | None, gated: bool) -> Tensor:
+        """`linear.linear_reference` of one row on a GPU."""
+        import quant_kernels
+        return quant_kernels.int4_row(x, self.weight, self.scale, self.zero, self.bias, norm, eps, residual, gated)
 
 
 def _shaped(out: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

@@ -19,12 +19,14 @@ import quantize  # noqa: E402
 from checkpoint import load_model, load_quantization, random_model  # noqa: E402
 from common import UserError  # noqa: E402
 from decode import bytes_per_step, prefill_bytes  # noqa: E402
+from linear import linear_reference  # noqa: E402
 from quant_linear import Int4Linear, Int8Linear, Quantization  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 # the interpreter multiplies bfloat16 wrongly
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+ONE_ROW = 2 ** -14  # the kernels of one row lose bits of float32's sums, as they say
 SHAPES = [(5, 32, 32), (70, 96, 32), (33, 576, 64), (40, 1536, 256)]  # out, in, groupsize
 ROOT = Path(__file__).parent.parent
 CHECKPOINT, BOOK = ROOT / "checkpoints" / "smollm2-135m-instruct", ROOT / "data" / "alice29.txt"
@@ -112,13 +114,13 @@ def test_kernels(N, K, groupsize, M, dtype):
     int8, scale = reference.quantize_int8(weight)
     got = kernels.int8_linear(x, int8, scale.to(dtype))
     expected = x.double() @ reference.dequantize_int8(int8, scale.to(dtype).double()).T
-    assert got.dtype == dtype and error(got, expected) < ROUNDING[dtype]
+    bound = max(ROUNDING[dtype], ONE_ROW if M == 1 else 0)
+    assert got.dtype == dtype and error(got, expected) < bound
     words, *pair = reference.quantize_int4(weight, groupsize)
     pair = [part.to(dtype) for part in pair]
     got = kernels.int4_linear(x, words, *pair)
     dense = reference.dequantize_int4(words, *(part.double() for part in pair))
-    # one row of int4 loses 8 bits of float32's sums, as its kernel says
-    assert got.dtype == dtype and error(got, x.double() @ dense.T) < max(ROUNDING[dtype], 2 ** -14 if M == 1 else 0)
+    assert got.dtype == dtype and error(got, x.double() @ dense.T) < bound
     assert error(kernels.dequantize_int4(words, *pair), dense) < ROUNDING[dtype]
 
 
@@ -129,7 +131,8 @@ def test_int8_of_any_width(M, K):
     weight, x = torch.randn(9, K, device=DEVICE), torch.randn(M, K, device=DEVICE)
     int8, scale = reference.quantize_int8(weight)
     got = kernels.int8_linear(x, int8, scale.float())
-    assert error(got, x.double() @ reference.dequantize_int8(int8, scale.double()).T) < ROUNDING[torch.float32]
+    expected = x.double() @ reference.dequantize_int8(int8, scale.double()).T
+    assert error(got, expected) < (ONE_ROW if M == 1 else ROUNDING[torch.float32])
 
 
 def test_int8_row_that_begins_anywhere():
@@ -174,7 +177,39 @@ def test_launch_parameters_change_nothing_but_rounding(M, n_splits):
                kernels._launch_int4_dot(x, words, *pair, block_k=128, **dot))
     dense = reference.dequantize_int8(int8, scale.double()), reference.dequantize_int4(words, *(part.double() for part in pair))
     for found, expected in zip(got, dense, strict=True):
-        assert error(found, x.double() @ expected.T) < (2 ** -14 if M == 1 else ROUNDING[torch.float32])
+        assert error(found, x.double() @ expected.T) < (ONE_ROW if M == 1 else ROUNDING[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, K, groupsize", [(6, 96, 32), (13, 160, 32), (9, 1088, 64), (5, 2560, 128)])
+@pytest.mark.parametrize("kind", ["plain", "norm bias", "norm gated", "add", "norm gated add bias"])
+def test_rows_with_what_stands_around_them(kind, N, K, groupsize, dtype):
+    kernels = pytest.importorskip("quant_kernels")
+    gated = "gated" in kind
+    rows = 2 * N if gated else N
+    x, weight = torch.randn(1, 1, K, device=DEVICE).to(dtype), torch.randn(rows, K, device=DEVICE) * K ** -0.5
+    bias = torch.randn(rows, device=DEVICE).to(dtype) if "bias" in kind else None
+    norm = torch.randn(K, device=DEVICE).to(dtype) if "norm" in kind else None
+    residual = torch.randn(1, 1, N, device=DEVICE).to(dtype) if "add" in kind else None
+    around = bias, norm, 1e-5, residual, gated
+    wide = [t.double() if isinstance(t, torch.Tensor) else t for t in around]
+    for mode in ("int8", "int4"):
+        if mode == "int8":
+            q, scale = reference.quantize_int8(weight)
+            parts, dense = (q, scale.to(dtype)), reference.dequantize_int8(q, scale.to(dtype).double())
+            fused, launch, blocks = kernels.int8_row, kernels._launch_int8_row, {"block_w": 64}
+        else:
+            q, *pair = reference.quantize_int4(weight, groupsize)
+            parts = q, *(part.to(dtype) for part in pair)
+            dense = reference.dequantize_int4(q, *(part.to(dtype).double() for part in pair))
+            fused, launch, blocks = kernels.int4_row, kernels._launch_int4_row, {"block_u": 8}
+        expected = linear_reference(x.double(), dense, *wide)
+        got = fused(x, *parts, *around)
+        assert got.dtype == dtype and got.shape == (1, 1, N)
+        assert error(got, expected) < max(ROUNDING[dtype], ONE_ROW)
+        again = [launch(x, *parts, *around, block_n=4, num_warps=1, **blocks) for _ in range(2)]
+        assert error(again[0], expected) < max(ROUNDING[dtype], ONE_ROW)
+        assert torch.equal(*again)
 
 
 def test_ops_have_right_fakes():
@@ -184,7 +219,9 @@ def test_ops_have_right_fakes():
     words, *pair = reference.quantize_int4(weight, 32)
     pair = [part.float() for part in pair]
     for op, arguments in ((kernels._int8_linear, (x, int8, scale.float())), (kernels._int4_linear, (x, words, *pair)),
-                          (kernels.dequantize_int4, (words, *pair))):
+                          (kernels.dequantize_int4, (words, *pair)),
+                          (kernels.int8_row, (x[:1, None], int8, scale.float(), None, None, 0.0, None, True)),
+                          (kernels.int4_row, (x[:1, None], words, *pair, None, None, 0.0, None, True))):
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -205,7 +242,7 @@ def test_layers_are_drop_in(mode, rows, bias):
         layer.bias.data = linear.bias.data.to(DEVICE)
     x = torch.randn(1, rows, 96, device=DEVICE)
     expected = F.linear(x, dequantize(*(p.float() if p.is_floating_point() else p for p in parts)), layer.bias)
-    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
