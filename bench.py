@@ -161,10 +161,18 @@ def bench_attention(case: str, mode: str, heads: tuple[int, int, int], bandwidth
     planes = encoder.encode_queries(q)
     # linear encoders have a kernel of their own; deeper ones are what Inductor makes of the reference
     encode = rope_encode_append if config.depth == 1 else torch.compile(rope_encode_append, dynamic=False)
+    limits = (None, budget, budget, SINK, RECENT)
+    parameters = hash_kernels._select_parameters(batch * encoder.n_signature_head, context)
+    score_parameters = (parameters["chunk"], parameters["n_blocks"], parameters["levels"], parameters["score_warps"])
+    compact_parameters = (parameters["chunk"], parameters["step"], parameters["compact_warps"])
+
+    def score(i: int) -> tuple[Tensor, Tensor]:
+        return hash_kernels._launch_score(planes, signatures[i], seq_lens, limits, encoder.shift, *score_parameters)
 
     def select(i: int) -> Tensor:
         return hash_kernels.select_tokens(planes, signatures[i], seq_lens, budget, SINK, RECENT, budget, encoder.shift)
 
+    scored = score(0)
     indices = [select(i) for i in range(copies)]
     half_scores = signatures[0][..., 0].to(torch.float16)  # for torch.topk alone, its scores given for nothing
     count = copies * max(1, 16 // copies)
@@ -175,7 +183,9 @@ def bench_attention(case: str, mode: str, heads: tuple[int, int, int], bandwidth
     row = {
         "batch": batch, "context": context, "sparsity": sparsity, "n_head": Hq, "n_kv_head": Hkv, "head_dim": D, "mode": mode,
         "encode_us": timed(lambda i: encode(qkv, cos, sin, encoders[i], *caches[i], signatures[i], seq_lens)),
-        "select_us": timed(select),
+        "score_us": timed(score),
+        "select_us": timed(lambda i: hash_kernels._launch_compact(*scored, seq_lens, limits, encoder.n_signature_head,
+                                                                  *compact_parameters)),
         "attend_us": timed(lambda i: sparse_attention(q, *caches[i], indices[i])),
         "total_us": timed(lambda i: sparse_attention(q, *caches[i], select(i))),
         "topk_us": timed(lambda i: half_scores.topk(budget, dim=-1, sorted=False)),

@@ -1,7 +1,7 @@
 """Triton kernels of signatures. hash_attention.py holds the definitions (`*_reference`) and the symbols used here.
 
 rope_encode_append   a step's queries, keys and values: rotate, encode, write to the cache   one kernel
-select_tokens        score and count, where there are many tokens count once more, write         one kernel
+select_tokens        score and count, where there are many tokens count once more, write         two or three kernels
 
 attention_kernels.py holds the attention that follows. Each is a torch.library custom op: torch.compile(fullgraph=True) keeps
 it whole, and a CUDA graph can capture it, for nothing here waits for the device: shapes are static and lengths are read on the
@@ -28,25 +28,31 @@ def splits_per_row(programs: int, rows: int, tiles: int) -> int:
 
 
 # The threshold among the 64 bins is found at once from a histogram where there are few tokens (64 levels); where there are
-# many, in two rounds of 8, each counting the tokens at or above 7 of them, which costs less per token and a wait more.
-#
-# Programs that wait for each other must all be resident. These warps of 128 registers fill a multiprocessor's file of 2^16.
-_RESIDENT_WARPS, _REGISTERS = 16, 128
+# many, in two rounds of 8, each counting the tokens at or above 7 of them, which costs less per token and one kernel more.
+_COARSE = tl.constexpr(8)
 
 
-def _select_parameters(rows: int, S: int, multiprocessors: int | None = None) -> dict[str, int]:
-    """chunk: tokens scored at a time; a block's range is a multiple of it.  step: tokens compacted at a time.
+def _select_parameters(rows: int, S: int) -> dict[str, int]:
+    """chunk: tokens scored at a time; a block's range is a multiple of it.  step: tokens compacted at a time; divides chunk.
 
-    levels: of the first count, 64 or 8, see above.  multiprocessors: those of this GPU by default.
+    levels: of the first count, see `_COARSE`.
     """
-    num_warps, chunk, few = 4, 2048, rows * S <= 2 ** 18
-    if multiprocessors is None:
-        multiprocessors = 132 if INTERPRETED else torch.cuda.get_device_properties().multi_processor_count
-    programs = min(128 if few else 512, multiprocessors * (_RESIDENT_WARPS // num_warps))
-    n_blocks = min(splits_per_row(programs, rows, triton.cdiv(S, chunk)), 64)  # every program reads the counts of all blocks
-    while S > 255 * chunk * n_blocks:  # counters of one byte
-        chunk *= 2
-    return {"chunk": chunk, "step": 2048, "n_blocks": n_blocks, "levels": NUM_BINS if few else 8, "num_warps": num_warps}
+    if rows * S <= 2 ** 18:
+        programs, chunk, levels, compact_warps = 264, 1024, NUM_BINS, 1
+    elif rows * S <= 2 ** 20:
+        programs, chunk, levels, compact_warps = 528, 2048, NUM_BINS, 2
+    elif rows * S <= 2 ** 21:
+        programs, chunk, levels, compact_warps = 528, 1024, _COARSE.value, 1
+    elif rows * S <= 2 ** 23:
+        programs, chunk, levels, compact_warps = 1056, 2048, _COARSE.value, 2
+    else:
+        programs, chunk, levels, compact_warps = 2112, 2048, _COARSE.value, 1
+    n_blocks = splits_per_row(programs, rows, triton.cdiv(S, chunk))
+    if levels == NUM_BINS:
+        n_blocks = min(n_blocks, 64)  # every program of the last kernel reads the counts of all blocks
+    n_blocks = max(n_blocks, triton.cdiv(S, 255 * chunk))  # counters of one byte
+    return {"chunk": chunk, "step": chunk, "n_blocks": n_blocks, "levels": levels, "score_warps": 4,
+            "compact_warps": compact_warps}
 
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -289,37 +295,28 @@ def _add7(a0, a1, a2, a3, a4, a5, a6, b0, b1, b2, b3, b4, b5, b6):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6
 
 
-# A block's counts are read by all programs of its row, as soon as they are there. So a count is stored as 2 count + side, and
-# every launch writes every count with the side that the one before did not write: a word of this launch is known by its
-# lowest bit, and is complete, being one word. There is nothing to reset, and no fence or atomic to wait for.
-
-
 @triton.jit
-def _store_counts(counts, counters, lowest, side):
+def _store_counts(counts, counters, lowest):
     """Write lowest and the 7 sums of all bytes of the counters to counts [8]."""
     wide = ()
     for level in tl.static_range(7):
         pairs = (counters[level] & 0x00FF00FF) + ((counters[level] >> 8) & 0x00FF00FF)
         wide += ((pairs & 0xFFFF) + (pairs >> 16),)
-    tl.store(counts, 2 * lowest + side)
+    tl.store(counts, lowest)
     if INTERPRETED:  # reduces several tensors together one element at a time
         for level in tl.static_range(7):
-            tl.store(counts + 1 + level, 2 * tl.sum(wide[level], axis=0) + side)
+            tl.store(counts + 1 + level, tl.sum(wide[level], axis=0))
     else:
         sums = tl.reduce(wide, 0, _add7)
         for level in tl.static_range(7):
-            tl.store(counts + 1 + level, 2 * sums[level] + side)
+            tl.store(counts + 1 + level, sums[level])
 
 
 @triton.jit
-def _await_counts(counts, side, n_blocks, BLOCKS: tl.constexpr, LEVELS: tl.constexpr):
-    """counts [n_blocks, LEVELS] of a row, once all are there -> [BLOCKS, LEVELS], zeros past n_blocks."""
+def _load_counts(counts, n_blocks, BLOCKS: tl.constexpr, LEVELS: tl.constexpr):
+    """counts [n_blocks, LEVELS] of a row -> [BLOCKS, LEVELS], zeros past n_blocks."""
     other = tl.arange(0, BLOCKS)[:, None]
-    counts += other * LEVELS + tl.arange(0, LEVELS)[None, :]
-    words = tl.load(counts, mask=other < n_blocks, other=side, volatile=True)
-    while tl.max(tl.max((words ^ side) & 1, axis=1), axis=0) != 0:
-        words = tl.load(counts, mask=other < n_blocks, other=side, volatile=True)
-    return words >> 1
+    return tl.load(counts + other * LEVELS + tl.arange(0, LEVELS)[None, :], mask=other < n_blocks, other=0)
 
 
 @triton.jit
@@ -335,24 +332,64 @@ def _level(counts, wanted, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _score(words, planes, signatures, ranks, low, high, start, stop, S, x_s, P: tl.constexpr, W: tl.constexpr,
-           SHIFT: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr):
-    """Write the ranks of [start, stop). words: the first CHUNK signatures.
+def _threshold(counts, fine_counts, row, n_blocks, wanted, BINS: tl.constexpr, BLOCKS: tl.constexpr, LEVELS: tl.constexpr):
+    """The rank above which all tokens are selected. -> it, tokens above it and at it in each block [BLOCKS], how many of the
+    latter are selected."""
+    table = _load_counts(counts + row * n_blocks * LEVELS, n_blocks, BLOCKS, LEVELS)
+    if LEVELS < BINS:
+        fine_table = _load_counts(fine_counts + row * n_blocks * LEVELS, n_blocks, BLOCKS, LEVELS)
+    threshold, at_least, above = _level(table, wanted, LEVELS)
+    threshold += 1
+    if LEVELS < BINS:
+        fine, at_least, higher = _level(fine_table, wanted, LEVELS)
+        threshold = (threshold - 1) * (BINS // LEVELS) + 1 + fine
+        above = tl.where(fine == LEVELS - 1, above, higher)  # the next bin up may belong to the level above
+    return threshold, above, at_least - above, tl.maximum(wanted - tl.sum(above, axis=0), 0)
 
-    -> how many are in each bin [BINS], the byte counters of `_count`; LEVELS says which of the two.
+
+@triton.jit
+def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, K, sink, recent, S, x_b, x_h, x_s, ranks_row,
+                  HEADS: tl.constexpr, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr,
+                  PER_HEAD: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, EARLY: tl.constexpr):
+    """The rank of every token, and how many of each block's are at or above each level of bins.
+
+    EARLY: the first signatures are loaded while the kernel before still runs. What that one may write is the newest token's,
+    which does not compete where `recent` is at least 1.
     """
-    signs, magnitudes, total = (), (), 0
+    block, n_blocks = tl.program_id(0), tl.num_programs(0)
+    row = tl.program_id(1).to(tl.int64)
+    if not EARLY:
+        after_previous()
+    _, low, high, _, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
+                                         HEADS, PER_HEAD, CHUNK)
+    signatures += (row // HEADS) * x_b + (row % HEADS) * x_h
+    # masked by the cache's length alone, as loads and stores masked at odd places are not vectorised
+    position = start + tl.arange(0, CHUNK)
+    words = ()
+    for w in tl.static_range(W):
+        words += (tl.load(signatures + position.to(tl.int64) * x_s + w, mask=position < S, other=0),)
+    if EARLY:
+        after_previous()
+    planes += row * ((1 + P) * W)
+    signs, magnitudes = (), ()
     for w in tl.static_range(W):
         signs += (tl.load(planes + w),)
         for p in tl.static_range(P):
             magnitudes += (tl.load(planes + (1 + p) * W + w),)
+    ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32))
+    total = 0
+    for w in tl.static_range(W):
+        for p in tl.static_range(P):
             total += _popcount(magnitudes[w * P + p]) << p
     histogram = tl.zeros([BINS], tl.int32)
     zero = tl.zeros([CHUNK // 4], tl.int32)
     counters = (zero, zero, zero, zero, zero, zero, zero)
     for first in range(start, stop, CHUNK):
         position = tl.multiple_of(first, CHUNK) + tl.arange(0, CHUNK)
-        following = _load_signatures(signatures, position + CHUNK, (position + CHUNK < S) & (first + CHUNK < stop), x_s, W)
+        following = ()
+        for w in tl.static_range(W):
+            following += (tl.load(signatures + (position + CHUNK).to(tl.int64) * x_s + w,
+                                  mask=(position + CHUNK < S) & (first + CHUNK < stop), other=0),)
         score = tl.zeros([CHUNK], tl.int32)
         for w in tl.static_range(W):
             for p in tl.static_range(P):
@@ -367,28 +404,34 @@ def _score(words, planes, signatures, ranks, low, high, start, stop, S, x_s, P: 
         else:
             counters = _count(counters, packed, 1, BINS // LEVELS)
         words = following
-    return histogram, counters
+    counts += (row * n_blocks + block) * LEVELS
+    if LEVELS == BINS:
+        tl.store(counts + tl.arange(0, BINS), tl.cumsum(histogram, axis=0, reverse=True))
+    else:
+        _store_counts(counts, counters, tl.maximum(tl.minimum(stop, high) - tl.maximum(start, low), 0))
 
 
 @triton.jit
-def _load_signatures(signatures, position, mask, x_s, W: tl.constexpr):
-    words = ()
-    for w in tl.static_range(W):
-        words += (tl.load(signatures + position.to(tl.int64) * x_s + w, mask=mask, other=0),)
-    return words
-
-
-@triton.jit
-def _count_finely(words, ranks, start, stop, lowest, CHUNK: tl.constexpr):
-    """-> the byte counters of `_count` for single bins from rank `lowest` on. words: the first CHUNK ranks."""
+def _count_kernel(seq_lens, ranks, counts, fine_counts, budgets, budget, K, sink, recent, ranks_row,
+                  HEADS: tl.constexpr, BINS: tl.constexpr, PER_HEAD: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr):
+    """How many of each block's tokens are at or above each of the bins from the level that the threshold lies in."""
+    block, n_blocks = tl.program_id(0), tl.num_programs(0)
+    row = tl.program_id(1).to(tl.int64)
+    after_previous()
+    counts += row * n_blocks * _COARSE
+    table = _load_counts(counts, n_blocks, BLOCKS, _COARSE)
+    length, low, high, filled, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
+                                                   HEADS, PER_HEAD, CHUNK)
+    ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32)) + tl.arange(0, CHUNK // 4)
+    words = tl.load(ranks + start // 4, mask=start < stop, other=0)
+    level, _, _ = _level(table, filled - (length - (high - low)), _COARSE)
     zero = tl.zeros([CHUNK // 4], tl.int32)
     counters = (zero, zero, zero, zero, zero, zero, zero)
-    ranks += tl.arange(0, CHUNK // 4)
     for first in range(start, stop, CHUNK):
         following = tl.load(ranks + (first + CHUNK) // 4, mask=first + CHUNK < stop, other=0)
-        counters = _count(counters, words, lowest, 1)
+        counters = _count(counters, words, 1 + level * (BINS // _COARSE), 1)
         words = following
-    return counters
+    _store_counts(fine_counts + (row * n_blocks + block) * _COARSE, counters, tl.load(counts + block * _COARSE + level))
 
 
 @triton.jit
@@ -446,8 +489,27 @@ def _write_selected(ranks, words, indices, start, stop, threshold, sure, ties, t
 
 
 @triton.jit
-def _write_positions(indices, block, n_blocks, low, high, length, filled, K, STEP: tl.constexpr):
-    """The tokens that are in by their position, and the slots that nothing fills."""
+def _compact_kernel(seq_lens, ranks, counts, fine_counts, indices, budgets, budget, K, sink, recent, ranks_row,
+                    HEADS: tl.constexpr, BINS: tl.constexpr, PER_HEAD: tl.constexpr, CHUNK: tl.constexpr,
+                    STEP: tl.constexpr, BLOCKS: tl.constexpr, LEVELS: tl.constexpr):
+    """The selected positions in ascending order: every block knows from the counts where its own begin."""
+    block, n_blocks = tl.program_id(0), tl.num_programs(0)
+    row = tl.program_id(1).to(tl.int64)
+    after_previous()
+    length, low, high, filled, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
+                                                  HEADS, PER_HEAD, CHUNK)
+    start = tl.maximum(start, low // CHUNK * CHUNK)
+    stop = tl.minimum(stop, high)
+    ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32))
+    indices += row * K
+    words = _load_group(ranks, start + 32 * tl.arange(0, STEP // 32), stop)
+    wanted = filled - (length - (high - low))
+    threshold, above, ties, ties_wanted = _threshold(counts, fine_counts, row, n_blocks, wanted, BINS, BLOCKS, LEVELS)
+    before = tl.arange(0, BLOCKS) < block
+    _write_selected(ranks, words, indices, start, stop, threshold, low + tl.sum(tl.where(before, above, 0), axis=0),
+                   tl.sum(tl.where(before, ties, 0), axis=0), ties_wanted, filled, STEP)
+
+    # the tokens that are in by their position, and the slots that nothing fills
     for first in range(block * STEP, low, n_blocks * STEP):
         position = first + tl.arange(0, STEP)
         tl.store(indices + position, position, mask=position < tl.minimum(low, filled))
@@ -458,79 +520,6 @@ def _write_positions(indices, block, n_blocks, low, high, length, filled, K, STE
     for first in range(filled + block * STEP, K, n_blocks * STEP):
         slot = first + tl.arange(0, STEP)
         tl.store(indices + slot, tl.full([STEP], -1, tl.int32), mask=slot < K)
-
-
-@triton.jit
-def _select_kernel(planes, signatures, seq_lens, ranks, counts, fine_counts, indices, budgets, budget, K, sink, recent, S,
-                   x_b, x_h, x_s, ranks_row, HEADS: tl.constexpr, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr,
-                   BINS: tl.constexpr, PER_HEAD: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, BLOCKS: tl.constexpr,
-                   LEVELS: tl.constexpr, EARLY: tl.constexpr, PHASE: tl.constexpr):
-    """The selected positions of a block of a row, in ascending order.
-
-    PHASE 0: rank every token, and count those at or above each level of bins.  1: where there are few levels, count those at
-    or above each bin from the level that the threshold lies in.  2: write; the counts say where the block's positions begin.
-    -1: all of them. The programs of a row wait for each other's counts and must all be resident; those of the next kernel take
-    no place from them, for they are launched once all programs here have passed `after_previous`.
-    EARLY: the first signatures are loaded while the kernel before still runs. What that one may write is the newest token's,
-    which does not compete where `recent` is at least 1.
-    """
-    block, n_blocks = tl.program_id(0), tl.num_programs(0)
-    row = tl.program_id(1).to(tl.int64)
-    if not EARLY or PHASE > 0:
-        after_previous()
-    length, low, high, filled, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
-                                                   HEADS, PER_HEAD, CHUNK)
-    ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32))
-    counts += row * n_blocks * LEVELS
-    indices += row * K
-    fine_counts += row * n_blocks * LEVELS
-    if PHASE <= 0:
-        signatures += (row // HEADS) * x_b + (row % HEADS) * x_h
-        # masked by the cache's length alone, as loads and stores masked at odd places are not vectorised
-        first = start + tl.arange(0, CHUNK)
-        signature_words = _load_signatures(signatures, first, first < S, x_s, W)
-        if EARLY:
-            after_previous()
-        side = 1 - (tl.load(counts + block * LEVELS, volatile=True) & 1)
-        histogram, counters = _score(signature_words, planes + row * ((1 + P) * W), signatures, ranks, low, high, start, stop,
-                                     S, x_s, P, W, SHIFT, BINS, CHUNK, LEVELS)
-        if LEVELS == BINS:
-            tl.store(counts + block * LEVELS + tl.arange(0, BINS), 2 * tl.cumsum(histogram, axis=0, reverse=True) + side)
-        else:
-            _store_counts(counts + block * LEVELS, counters,
-                          tl.maximum(tl.minimum(stop, high) - tl.maximum(start, low), 0), side)
-        tl.debug_barrier()  # the ranks of other threads are read below, by this program alone
-    else:
-        side = tl.load(counts + block * LEVELS) & 1
-
-    # what needs no counts comes before each wait for them
-    write_start, write_stop = tl.maximum(start, low // CHUNK * CHUNK), tl.minimum(stop, high)
-    groups = write_start + 32 * tl.arange(0, STEP // 32)
-    if LEVELS < BINS and PHASE != 2:
-        rank_words = tl.load(ranks + start // 4 + tl.arange(0, CHUNK // 4), mask=start < stop, other=0)
-    elif PHASE != 0:
-        group_words = _load_group(ranks, groups, write_stop)
-    if PHASE <= 0:
-        _write_positions(indices, block, n_blocks, low, high, length, filled, K, STEP)
-    wanted = filled - (length - (high - low))
-    if PHASE != 0:
-        level, at_least, above = _level(_await_counts(counts, side, n_blocks, BLOCKS, LEVELS), wanted, LEVELS)
-    if LEVELS < BINS and (PHASE == -1 or PHASE == 1):
-        counters = _count_finely(rank_words, ranks, start, stop, 1 + level * (BINS // LEVELS), CHUNK)
-        _store_counts(fine_counts + block * LEVELS, counters,
-                      tl.sum(tl.where(tl.arange(0, BLOCKS) == block, at_least, 0), axis=0), side)
-        group_words = _load_group(ranks, groups, write_stop)
-    if PHASE == -1 or PHASE == 2:
-        threshold = 1 + level  # the rank above which all tokens are selected
-        if LEVELS < BINS:
-            fine, at_least, higher = _level(_await_counts(fine_counts, side, n_blocks, BLOCKS, LEVELS), wanted, LEVELS)
-            threshold = 1 + level * (BINS // LEVELS) + fine
-            above = tl.where(fine == LEVELS - 1, above, higher)  # the next bin up may belong to the level above
-        before = tl.arange(0, BLOCKS) < block
-        _write_selected(ranks, group_words, indices, write_start, write_stop, threshold,
-                        low + tl.sum(tl.where(before, above, 0), axis=0),
-                        tl.sum(tl.where(before, at_least - above, 0), axis=0),
-                        tl.maximum(wanted - tl.sum(above, axis=0), 0), filled, STEP)
 
 
 def select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int | Tensor, sink: int, recent: int,
@@ -560,41 +549,42 @@ def _(planes, signatures, seq_lens, budget, budgets, sink, recent, K, shift):
 
 
 def _launch_select(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int, budgets: Tensor | None, sink: int,
-                   recent: int, K: int, shift: int, *, chunk: int, step: int, n_blocks: int, levels: int, num_warps: int,
-                   apart: bool = INTERPRETED.value) -> Tensor:
-    """apart: a kernel for each phase. The interpreter runs one program after the other, so that none can wait for the next."""
-    B, HEADS, S, W = signatures.shape
-    rows, rounds = B * HEADS, 1 if levels == NUM_BINS else 2
-    ranks_row = triton.cdiv(S, chunk) * chunk  # whole chunks, so that no access needs a mask
-    ranks = torch.empty((rows, ranks_row), dtype=torch.uint8, device=planes.device)
-    counts = _kept_counts((rounds, rows, n_blocks, levels), planes.device)
-    indices = torch.empty((B, HEADS, K), dtype=torch.int32, device=planes.device)
-    for phase in (0, 1, 2) if apart else (-1,):
-        _select_kernel[(n_blocks, rows)](
-            planes.contiguous(), checked_rows(signatures), seq_lens, ranks, counts[0], counts[-1], indices, budgets, budget, K,
-            sink, recent, S, *signatures.stride()[:3], ranks_row, HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=shift,
-            BINS=NUM_BINS, PER_HEAD=budgets is not None, CHUNK=chunk, STEP=step, BLOCKS=triton.next_power_of_2(n_blocks),
-            LEVELS=levels, EARLY=recent >= 1, PHASE=phase, num_warps=num_warps, maxnreg=_REGISTERS,
-            launch_pdl=DEPENDENT_LAUNCH)
-    return indices
+                   recent: int, K: int, shift: int, *, chunk: int, step: int, n_blocks: int, levels: int, score_warps: int,
+                   compact_warps: int) -> Tensor:
+    limits = (budgets, budget, K, sink, recent)
+    scored = _launch_score(planes, signatures, seq_lens, limits, shift, chunk, n_blocks, levels, score_warps)
+    return _launch_compact(*scored, seq_lens, limits, signatures.shape[1], chunk, step, compact_warps)
 
 
-_COUNTS: dict[tuple, Tensor] = {}
+def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: tuple, shift: int, chunk: int, n_blocks: int,
+                  levels: int, num_warps: int) -> tuple[Tensor, Tensor]:
+    """-> ranks uint8 [B * Hs, S rounded up] and counts int32 [B * Hs, n_blocks, levels].
 
-
-def _kept_counts(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [rounds, rows, n_blocks, levels]: zeros, later what the launch before has left, which `_await_counts` builds on.
-
-    Launches that may run at the same time must not share them: every stream has its own, and so have graphs, which replay on
-    any stream; only two graphs that replay at the same time would meet. They are made by a launch that is not captured (the
-    one that compiles), for memory that a graph owns is another's once it is gone; without one, the graph clears its own.
+    limits: (budgets, budget, K, sink, recent).
     """
-    capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
-    user = "graphs" if capturing else 0 if INTERPRETED else torch.cuda.current_stream(device).cuda_stream
-    for key in ((shape, device, user), (shape, device, "graphs")):
-        if key not in _COUNTS:
-            zeros = torch.zeros(shape, dtype=torch.int32, device=device)
-            if capturing:
-                return zeros
-            _COUNTS[key] = zeros
-    return _COUNTS[shape, device, user]
+    B, HEADS, S, W = signatures.shape
+    ranks_row = triton.cdiv(S, chunk) * chunk  # whole chunks, so that no access needs a mask
+    ranks = torch.empty((B * HEADS, ranks_row), dtype=torch.uint8, device=planes.device)
+    counts = torch.empty((B * HEADS, n_blocks, levels), dtype=torch.int32, device=planes.device)
+    _score_kernel[(n_blocks, B * HEADS)](
+        planes.contiguous(), checked_rows(signatures), seq_lens, ranks, counts, *limits, S, *signatures.stride()[:3], ranks_row,
+        HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=shift, BINS=NUM_BINS, PER_HEAD=limits[0] is not None, CHUNK=chunk,
+        LEVELS=levels, EARLY=limits[4] >= 1, num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
+    return ranks, counts
+
+
+def _launch_compact(ranks: Tensor, counts: Tensor, seq_lens: Tensor, limits: tuple, heads: int, chunk: int, step: int,
+                    num_warps: int) -> Tensor:
+    """What `_launch_score` gave, with the same limits and chunk -> indices int32 [B, Hs, K]."""
+    rows, n_blocks, levels = counts.shape
+    K = limits[2]
+    indices = torch.empty((rows // heads, heads, K), dtype=torch.int32, device=ranks.device)
+    shared = {"HEADS": heads, "BINS": NUM_BINS, "PER_HEAD": limits[0] is not None, "CHUNK": chunk,
+              "BLOCKS": triton.next_power_of_2(n_blocks), "launch_pdl": DEPENDENT_LAUNCH}
+    fine_counts = None
+    if levels < NUM_BINS:
+        fine_counts = torch.empty_like(counts)
+        _count_kernel[(n_blocks, rows)](seq_lens, ranks, counts, fine_counts, *limits, ranks.shape[1], num_warps=4, **shared)
+    _compact_kernel[(n_blocks, rows)](seq_lens, ranks, counts, fine_counts, indices, *limits, ranks.shape[1], STEP=step,
+                                      LEVELS=levels, num_warps=num_warps, **shared)
+    return indices

@@ -393,7 +393,7 @@ def plot(options: argparse.Namespace) -> None:
 def plot_stages(axes, rows: list[dict]) -> None:
     names = [f"{row['batch']} x {row['context'] // 1024}K, 1/{row['sparsity']}" for row in rows]
     left = [0.0] * len(rows)
-    for stage in ("select_us", "attend_us"):
+    for stage in ("score_us", "select_us", "attend_us"):
         values = [row[stage] / row["dense_best_us"] for row in rows]
         axes.barh(names, values, left=left, label=stage.removesuffix("_us"))
         left = [a + b for a, b in zip(left, values, strict=True)]

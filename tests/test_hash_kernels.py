@@ -137,6 +137,9 @@ def test_encoding_zero_queries():
 
 # ----------------------------------------------------------------------------------------------------------------- select
 
+SMALL_BLOCKS = {"score_warps": 4, "compact_warps": 4}
+
+
 def check_select(planes, signatures, seq_lens, budget, sink, recent, K, shift, **launch):
     """Two runs, bit-equal, and the reference's set in ascending order."""
     budgets = budget if isinstance(budget, torch.Tensor) else None
@@ -145,7 +148,7 @@ def check_select(planes, signatures, seq_lens, budget, sink, recent, K, shift, *
         if not launch:
             return kernels.select_tokens(planes, signatures, seq_lens, budget, sink, recent, K, shift)
         return kernels._launch_select(planes, signatures, seq_lens, K if budgets is not None else budget, budgets, sink, recent,
-                                      K, shift, num_warps=4, **launch)
+                                      K, shift, **SMALL_BLOCKS, **launch)
 
     first, second = select(), select()
     expected = reference.select_tokens_reference(planes, signatures, seq_lens, budget, sink, recent, K, shift)
@@ -220,26 +223,6 @@ def test_select_ignores_what_lies_past_the_length():
     for b, length in enumerate(seq_lens.tolist()):
         signatures[b, :, length:] = random_signatures(2, 600 - length, 1)
     assert torch.equal(before, kernels.select_tokens(planes, signatures, seq_lens, 64, 4, 4, 64, 0))
-
-
-@gpu_only
-@pytest.mark.parametrize("levels", [8, 64])
-def test_select_in_one_kernel_and_apart(levels):
-    planes, signatures = random_planes(HashConfig(), 3, 8, 4), random_signatures(3, 8, 9000, 1)
-    parameters = {"chunk": 1024, "step": 1024, "n_blocks": 9, "levels": levels, "num_warps": 4}
-    together, apart = (kernels._launch_select(planes, signatures, lengths(1, 5000, 9000), 500, None, 4, 8, 500, 0, **parameters,
-                                              apart=apart) for apart in (False, True))
-    assert torch.equal(together, apart)
-
-
-@pytest.mark.parametrize("multiprocessors", [20, 132])
-def test_select_programs_that_wait_are_resident(multiprocessors):
-    for rows, S in itertools.product([1, 8, 60, 128, 500, 3000], [1, 2000, 2 ** 15, 2 ** 20, 2 ** 23]):
-        launch = kernels._select_parameters(rows, S, multiprocessors)
-        resident = multiprocessors * (2 ** 16 // (kernels._REGISTERS * 32 * launch["num_warps"]))
-        assert launch["n_blocks"] == 1 or rows * launch["n_blocks"] <= resident
-        assert 255 * launch["chunk"] * launch["n_blocks"] >= S  # counters of one byte
-        assert launch["step"] < 2 ** 15  # the scan's two counts share a word
 
 
 # ---------------------------------------------------------------------------------------------------------- attend: sparse

@@ -165,7 +165,7 @@ def test_plots(command, results) -> None:
     for name in ("attention", "decode", "latency"):
         rows = ROWS[name][0]
         if name == "attention":
-            rows = [row | {"select_us": 7.0, "attend_us": 9.0} for row in rows]
+            rows = [row | {"score_us": 3.0, "select_us": 4.0, "attend_us": 9.0} for row in rows]
         if name == "latency":
             rows = [row | {"model": "m"} for row in rows]
         path = results(name, rows) / f"{name}_here.json"
