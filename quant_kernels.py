@@ -23,15 +23,15 @@ from linear_kernels import silu_gate
 
 def _int8_row_parameters(N: int, K: int) -> dict[str, int]:
     """block_n: rows of the weight that a program takes.  block_w: words of 4 inputs at a time, two a thread."""
-    block_n = 2 if N <= 2048 else 8 if N <= 4096 else 4
-    num_warps = min(8, triton.next_power_of_2(triton.cdiv(K, 256)))
-    return {"block_n": block_n, "block_w": 64 * num_warps, "num_warps": num_warps}
+    num_warps = min(8 if N <= 4096 else 4 if N <= 8192 else 2, triton.next_power_of_2(triton.cdiv(K, 256)))
+    return {"block_n": 8 if N > 2048 else 2, "block_w": 64 * num_warps, "num_warps": num_warps}
 
 
 def _int4_row_parameters(N: int) -> dict[str, int]:
     """block_u: blocks of 32 inputs at a time, one a thread."""
-    num_warps = 4 if N <= 8192 else 1
-    return {"block_n": 8 if N > 2048 else 2, "block_u": 32 * num_warps, "num_warps": num_warps}
+    num_warps = 4 if N <= 4096 else 2 if N <= 8192 else 1
+    block_n = 2 if N <= 2048 else 8 if N <= 8192 else 16
+    return {"block_n": block_n, "block_u": 32 * num_warps, "num_warps": num_warps}
 
 
 def _int8_dot_parameters(N: int, K: int) -> dict[str, int]:

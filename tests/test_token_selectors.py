@@ -167,6 +167,8 @@ def test_a_captured_step_chooses_what_the_cpu_does(name: str, tensors: tuple) ->
         if name.startswith("hash"):
             selector.encoder.to(device)
         selector.budget = BUDGET
+        if name == "double_sparsity":  # no prefill has told it of queries, and channels of equal size come in any order
+            selector.query_size += 1 + torch.arange(D, device=device)
         queries, keys, seq_lens = q.to(device), k.to(device), lengths.to(device)
         for row in range(B):
             selector.build(keys, row, 90)
@@ -180,7 +182,9 @@ def test_a_captured_step_chooses_what_the_cpu_does(name: str, tensors: tuple) ->
     shorter = captured.clone()
     seq_lens += 3
     graph.replay()
-    assert torch.equal(captured.cpu().sort().values, found["cpu"].sort().values)
+    # the tokens of a page have one bound, and which of the last page's are taken is open
+    unit = PAGE if name == "quest" else 1
+    assert torch.equal((captured.cpu() // unit).sort().values, (found["cpu"] // unit).sort().values)
     assert not torch.equal(shorter.sort().values, captured.sort().values)
 
 
