@@ -550,7 +550,8 @@ def parse_options() -> argparse.Namespace:
     part.set_defaults(run=compare)
     part = commands.add_parser("report", help="tables in Markdown from results files")
     part.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="the folder (default: results)")
-    part.add_argument("--write", type=Path, metavar="FILE", help="put them between the markers of this file; default: print")
+    part.add_argument("--write", type=Path, nargs="+", metavar="FILE",
+                      help="put them between the markers of these files; default: print")
     part.set_defaults(run=report)
     return parser.parse_args()
 

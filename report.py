@@ -175,6 +175,49 @@ def quickstart_table(rows: list[dict]) -> str:
                       fixed(row.get("agreement"), 3), fixed(row.get("perplexity_ratio"), 3)] for row in rows))
 
 
+def summary_lines(name: str, rows: list[dict]) -> Iterable[list[str]]:
+    """Lines of `summary` from the rows of a file of table NAME: what, dense, hash, hash's floor, how many times as fast."""
+    if name == "attention":
+        for case in by(rows, lambda row: (row["batch"], row["context"], row["sparsity"])):
+            hash, dense = pick(case, mode="default"), next((row for row in case if "dense_best_us" in row), None)
+            if hash and dense:
+                yield [f"attention of a layer, {shape(hash)}, 1/{hash['sparsity']}",
+                       f"{dense['dense_best_us']:.0f} us ({dense['dense_best']}, {dense['dense_gb_s']:.0f} GB/s)",
+                       f"{hash['total_us']:.1f} us", f"{hash['floor_us']:.1f} us",
+                       f"{dense['dense_best_us'] / hash['total_us']:.1f}x"]
+    elif name in ("decode", "latency"):
+        ms = "ms_per_step" if name == "decode" else "ms_per_token"
+        for runs in by(rows, lambda row: (row["model"], shape(row))):
+            dense, hash = (pick(runs, attention=mode) for mode in ("dense", "hash"))
+            if hash and dense:
+                yield [f"a token, {hash['model']}, {shape(hash)}, 1/{hash['sparsity']:g}", f"{dense[ms]:.2f} ms",
+                       f"{hash[ms]:.2f} ms", f"{hash['floor_ms']:.2f} ms", f"{dense[ms] / hash[ms]:.2f}x"]
+    else:
+        for runs in by([row for row in rows if row["selector"] == "hash"], lambda row: row["ratio"]):
+            own = [row for row in runs if method(row) == method(runs[0])]  # the first of several signatures files
+            what = f"{runs[0]['model']}, {tokens(runs[0]['budget'])} of {tokens(runs[0]['context'])} tokens"
+            if name == "needles":
+                yield [f"right answers, {what}: single, multi key, all tasks",
+                       *(", ".join(answers([row for row in found if task in (row["task"], "all")])
+                                   for task in ("single", "multi_key", "all"))
+                         for found in ([row for row in rows if row["selector"] == "dense"], own)), "-", "-"]
+            else:
+                yield [f"perplexity, {what}", "1", f"{own[0]['ppl_ratio']:.3f}", "-", "-"]
+
+
+def summary(folder: Path, base: Path) -> str:
+    """README's table: dense beside hash, from all files of `folder` that hold both."""
+    lines: dict[str, list[str]] = {}
+    for name in ("attention", "decode", "latency", "ppl", "needles"):
+        for path in sorted(folder.glob(TABLES[name].files)):
+            link = Path(os.path.relpath(path, base)).as_posix()
+            rows = [row for row in read_results(path)["rows"] if row.get("ranks", 1) == 1]
+            for line in summary_lines(name, rows):  # a shape of both decode and latency stands there once
+                lines.setdefault(line[0], [*line, f"[{path.name}]({link})"])
+    return markdown(["measured", "dense", "hash", "floor of hash", "hash is", "rows and command"],
+                    lines.values()) if lines else ""
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of every file that `files` matches in a results folder, with what a reader must know above it."""
@@ -259,8 +302,10 @@ def fill(text: str, folder: Path, base: Path) -> str:
     """`text` with what stands between its markers made anew from the results in `folder`."""
     def made(match: re.Match) -> str:
         name = match[2]
+        if name == "summary":
+            return f"{match[1]}\n{summary(folder, base)}\n\n{match[4]}"
         if name not in TABLES:
-            raise UserError(f"there is no table {name!r}; the markers may name {', '.join(TABLES)}")
+            raise UserError(f"there is no table {name!r}; the markers may name summary, {', '.join(TABLES)}")
         table = tables_of(name, folder, base)
         return match[1] + (f"\n{table}\n\n" if table else f"<!-- no {TABLES[name].files} -->\n") + match[4]
 
@@ -275,17 +320,18 @@ def report(options: argparse.Namespace) -> None:
         found = [table for name in TABLES if (table := tables_of(name, options.results, Path()))]
         if not found:
             raise UserError(f"{options.results} holds none of {', '.join(table.files for table in TABLES.values())}")
-        print("\n\n".join(found))
+        print("\n\n".join(filter(None, [summary(options.results, Path()), *found])))
         return
-    try:
-        text = options.write.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {options.write}: {error}; give a Markdown file") from error
-    if not MARKED.search(text):
-        raise UserError(f"{options.write} has no line <!-- table:NAME --> with <!-- /table --> after it; write them where "
-                        f"tables shall be ({', '.join(TABLES)})")
-    with atomic_path(options.write) as beside:
-        beside.write_text(fill(text, options.results, options.write.parent), encoding="utf-8")
+    for page in options.write:
+        try:
+            text = page.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {page}: {error}; give a Markdown file") from error
+        if not MARKED.search(text):
+            raise UserError(f"{page} has no line <!-- table:NAME --> with <!-- /table --> after it; write them where "
+                            f"tables shall be (summary, {', '.join(TABLES)})")
+        with atomic_path(page) as beside:
+            beside.write_text(fill(text, options.results, page.parent), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------- parity
@@ -432,12 +478,15 @@ def plot_per_token(axes, rows: list[dict]) -> None:
         axes.plot(contexts, [row["floor_ms"] for row in chosen], "--", color=line.get_color(),
                   label=f"{mode}: bytes / bandwidth")
         for row in chosen:
-            axes.annotate(f"{row['ms_per_token']:.1f}", (row["context"], row["ms_per_token"]), (0, 5),
-                          textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(f"{row['ms_per_token']:.1f}", (row["context"], row["ms_per_token"]),
+                          (0, 5 if mode == "dense" else -13), textcoords="offset points", ha="center", fontsize=8)
     first = {row["context"]: row["ttft_s"] for row in rows}
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(list(first), [f"{context // 1024}K\nfirst token {seconds:.2g} s" for context, seconds in first.items()])
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks("{x:g}")
+    axes.set_xticks(list(first), [f"{context // 1024}K\nfirst token {float(f'{seconds:.2g}'):g} s"
+                                  for context, seconds in first.items()])
     axes.set_xlabel(f"prompt tokens, {rows[0]['model']}, batch 1")
     axes.set_ylabel("ms per token")
     axes.legend(fontsize=8)

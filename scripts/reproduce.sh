@@ -4,9 +4,10 @@
 #
 # It needs an NVIDIA GPU (for the figures as they stand, an H200) and the environment that scripts/quickstart.sh made; with
 # PYTHON=python3 it uses one of yours. attention, decode, prefill and speculate need nothing else: their weights are random.
-#   parity    two GPUs for tensor parallelism, left out with a line where there is one; for speculation MODEL and PROMPT
-#   quality   BOOKS; for everything at 32K tokens MODEL as well
+#   parity    two or four GPUs for tensor parallelism, else left out with a line; for speculation MODEL and PROMPT
+#   quality   BOOKS; for everything at 32K tokens MODEL and TRAIN as well
 #   BOOKS     a folder of long .txt files (32K tokens for MODEL) that no signature was trained on
+#   TRAIN     a folder of other long .txt files, for the signatures of MODEL that are compared with its own
 #   MODEL     a checkpoint folder made for 32K tokens (python scripts/download.py Qwen/Qwen2.5-Coder-1.5B-Instruct --out ...)
 #   SIGNATURES  its signatures (python train_hash.py); default: weights/<the folder's name>.safetensors
 #   PROMPT    a text file of about 31,000 of its tokens;  DRAFT: a smaller checkpoint of the same vocabulary
@@ -54,20 +55,26 @@ speculate() {
 }
 
 parity() {
-    local bits folder=.cache/parity shapes="1x32768 8x32768" files
+    local bits ranks folder=.cache/parity shapes="1x32768 8x32768" files
+    local torchrun=(-m torch.distributed.run --standalone --nproc_per_node)
     # shellcheck disable=SC2086  # shapes are words
     run bench.py decode --shapes $shapes --no_warm_start --json $folder/plain.json
-    # shellcheck disable=SC2086
     for bits in int8 int4; do
-        run bench.py decode --shapes $shapes --quantize $bits --no_warm_start --json $folder/$bits.json
+        run bench.py decode --shapes 1x32768 --quantize $bits --no_warm_start --json $folder/$bits.json
     done
     files=($folder/plain.json $folder/int8.json $folder/int4.json)
-    if [ "$(wc -l <<<"$gpus")" -gt 1 ]; then
-        # shellcheck disable=SC2086
-        run -m torch.distributed.run --standalone --nproc_per_node 2 bench.py decode --shapes $shapes --json $folder/tp2.json
-        files+=($folder/tp2.json)
-    else
-        echo "tensor parallelism is left out: it needs two GPUs" >&2
+    for ranks in 2 4; do
+        if [ "$(wc -l <<<"$gpus")" -ge $ranks ]; then
+            # shellcheck disable=SC2086
+            run "${torchrun[@]}" $ranks bench.py decode --shapes $shapes --json $folder/tp$ranks.json
+            files+=($folder/tp$ranks.json)
+        else
+            echo "tensor parallelism of $ranks is left out: it needs as many GPUs" >&2
+        fi
+    done
+    if [ "$(wc -l <<<"$gpus")" -ge 4 ]; then
+        run "${torchrun[@]}" 4 bench.py decode --model llama-3.1-70b --shapes 1x32768 --steps 30 \
+            --json "$RESULTS/decode_70b_$name.json"
     fi
     if [ -n "$MODEL" ]; then
         local answer=(generate.py --checkpoint_path "$MODEL" --prompt_file "$PROMPT" --max_new_tokens 384 --ignore_eos
@@ -93,19 +100,35 @@ quality() {
         echo "quality at 32K tokens is left out: it needs MODEL" >&2
         return
     fi
-    local judge=(--checkpoint_path "$MODEL" --signatures "$SIGNATURES" --data "$BOOKS"/*.txt)
-    run eval.py ppl "${judge[@]}" --context 32768 --last 1024 --selector hash oracle_group quest streaming --ratios 16 32 \
-        --json "$RESULTS/quality_ppl_32k.json"
-    run eval.py needles "${judge[@]}" --context 32768 --batch_size 16 --samples 16 --ratios 16 32 \
-        --selector hash oracle_group quest double_sparsity streaming --json "$RESULTS/quality_needles.json"
-    run eval.py grid "${judge[@]}" --batch_size 20 --ratios 16 --json "$RESULTS/needle_grid.json"
+    local variant file own=weights/$(basename "$MODEL")
+    for variant in "64bit --bits 64" "hashattention --recipe hashattention" "hata --recipe hata" "each --recipe listwise_each" \
+        "query --share query"; do
+        file=$own-${variant%% *}.safetensors
+        # shellcheck disable=SC2086  # flags are words
+        [ -f "$file" ] || run train_hash.py --checkpoint_path "$MODEL" --data "$TRAIN"/*.txt --context 32768 --out "$file" \
+            ${variant#* }
+    done
+    local judge=(--checkpoint_path "$MODEL" --data "$BOOKS"/*.txt) theirs=(oracle_group quest double_sparsity lsh streaming) context
+    local compared=("$SIGNATURES" "$own-64bit.safetensors" "$own-hashattention.safetensors" "$own-hata.safetensors")
+    run eval.py ppl "${judge[@]}" --signatures "${compared[@]}" --context 32768 --last 1024 --batch_size 6 --ratios 16 32 64 \
+        --selector hash oracle_group streaming --json "$RESULTS/quality_ppl_32k.json"
+    for context in 16 32; do
+        run eval.py needles "${judge[@]}" --signatures "${compared[@]}" --context $((1024 * context)) --batch_size 16 \
+            --ratios 16 32 --selector hash "${theirs[@]}" --json "$RESULTS/quality_needles_${context}k.json"
+    done
+    run eval.py needles "${judge[@]}" --signatures "$SIGNATURES" "$own-each.safetensors" "$own-query.safetensors" \
+        --context 16384 --batch_size 16 --tasks every_line_key uuids --ratios 16 32 --selector oracle oracle_group oracle_max \
+        oracle_near oracle_split oracle_turns hash hash_turns hash_near hash_balanced hash_split hash_calibrated \
+        --json "$RESULTS/ideas_16k.json"
+    run eval.py grid "${judge[@]}" --signatures "$SIGNATURES" --batch_size 20 --ratios 16 --json "$RESULTS/needle_grid.json"
 }
 
 parts=" attention decode prefill speculate parity quality "
 [ $# -gt 0 ] || die "say what to measure: one or more of${parts}all"
 for part in "$@"; do
     case $part in quality | all)
-        [ -d "${BOOKS:-}" ] || die "quality needs BOOKS=a folder of long .txt files that no signature was trained on" ;;
+        [ -d "${BOOKS:-}" ] || die "quality needs BOOKS=a folder of long .txt files that no signature was trained on"
+        [ -z "$MODEL" ] || [ -d "${TRAIN:-}" ] || die "MODEL's quality needs TRAIN=a folder of other long .txt files" ;;
     esac
     case $part in parity | all)
         [ -z "$MODEL" ] || [ -f "${PROMPT:-}" ] || die "MODEL's speculation needs PROMPT=a text file of about 31,000 tokens" ;;
@@ -116,4 +139,4 @@ for part in "$@"; do
     # shellcheck disable=SC2086  # parts are words
     if [ "$part" = all ]; then for each in $parts; do $each; done; else $part; fi
 done
-if [ "$RESULTS" = results ]; then run bench.py report --write README.md; else run bench.py report --results "$RESULTS"; fi
+if [ "$RESULTS" = results ]; then run bench.py report --write README.md results/README.md; else run bench.py report --results "$RESULTS"; fi

@@ -19,6 +19,7 @@ from report import MARKED, TABLES, fill
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+TABLES_PAGE = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
 RESULTS = sorted((ROOT / "results").glob("*.json"))
 MOST_LINES = 600
 
@@ -68,15 +69,18 @@ def parse(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
 
 
 def test_tables_are_those_of_the_results() -> None:
-    assert fill(README, ROOT / "results", ROOT) == README, "run: python bench.py report --write README.md"
-    assert sorted(match[2] for match in MARKED.finditer(README)) == sorted(TABLES)
+    again = "run: python bench.py report --write README.md results/README.md"
+    assert fill(README, ROOT / "results", ROOT) == README, again
+    assert fill(TABLES_PAGE, ROOT / "results", ROOT / "results") == TABLES_PAGE, again
+    assert [match[2] for match in MARKED.finditer(README)] == ["summary"]
+    assert sorted(match[2] for match in MARKED.finditer(TABLES_PAGE)) == sorted(TABLES)
 
 
 def test_results_are_cited() -> None:
     notes = (ROOT / "results" / "NOTES.md").read_text(encoding="utf-8")
     assert RESULTS
     for path in RESULTS:
-        assert f"(results/{path.name})" in README or path.name in notes, f"README and NOTES leave out {path.name}"
+        assert f"]({path.name})" in TABLES_PAGE or path.name in notes, f"results/README and NOTES leave out {path.name}"
         about = json.loads(path.read_text())
         assert {"gpu", "torch", "triton", "commit", "command", "rows"} <= about.keys()
 
@@ -142,13 +146,13 @@ def test_the_example_runs(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: py
 
 @pytest.fixture
 def reproduce(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """reproduce(part, NAME=value) runs the script with an `echo` in Python's place, on a machine of two H200s."""
+    """reproduce(part, NAME=value) runs the script with an `echo` in Python's place, on a machine of four H200s."""
     smi = tmp_path / "bin" / "nvidia-smi"
     smi.parent.mkdir()
-    smi.write_text("#!/bin/sh\necho NVIDIA H200\necho NVIDIA H200\n")
+    smi.write_text("#!/bin/sh\n" + 4 * "echo NVIDIA H200\n")
     smi.chmod(smi.stat().st_mode | stat.S_IXUSR)
-    plain = {name: value for name, value in os.environ.items() if name not in ("BOOKS", "MODEL", "PROMPT", "DRAFT", "RESULTS",
-                                                                                "SIGNATURES")}
+    plain = {name: value for name, value in os.environ.items() if name not in ("BOOKS", "TRAIN", "MODEL", "PROMPT", "DRAFT",
+                                                                                "RESULTS", "SIGNATURES")}
 
     def run(*parts: str, **variables: object) -> subprocess.CompletedProcess:
         path = f"{smi.parent}{os.pathsep}{os.environ['PATH']}"
@@ -163,7 +167,8 @@ def test_reproduce(reproduce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     text = tmp_path / "books" / "long.txt"
     text.parent.mkdir()
     text.write_text("Long.")
-    ran = reproduce("all", BOOKS=text.parent, MODEL="checkpoints/large", DRAFT="checkpoints/small", PROMPT=text)
+    ran = reproduce("all", BOOKS=text.parent, TRAIN=text.parent, MODEL="checkpoints/large", DRAFT="checkpoints/small",
+                    PROMPT=text)
     assert ran.returncode == 0, ran.stderr
     lines = [line.split() for line in ran.stdout.splitlines()]
     for words in lines:
@@ -171,7 +176,7 @@ def test_reproduce(reproduce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     written = {words[words.index("--json") + 1] for words in lines if "--json" in words}
     for path in RESULTS:
         assert f"results/{path.name}" in written or path.name.startswith("quickstart"), f"nothing writes {path.name}"
-    assert lines[-1] == ["bench.py", "report", "--write", "README.md"]
+    assert lines[-1] == ["bench.py", "report", "--write", "README.md", "results/README.md"]
 
     elsewhere = reproduce("attention", RESULTS=tmp_path / "mine")
     assert elsewhere.stdout.splitlines()[-1] == f"bench.py report --results {tmp_path / 'mine'}"
