@@ -14,6 +14,7 @@ Attention times are medians of CUDA-graph replays over as many copies of the cac
 the layers of a model do. A floor is the bytes that must be read over the copy bandwidth measured in the same run.
 """
 import argparse
+import contextlib
 import json
 import math
 import re
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -101,6 +102,17 @@ def copy_bandwidth() -> float:
     source = torch.randint(0, 255, (2 ** 31,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / median_ms(lambda: target.copy_(source), 20) / 1000
+
+
+@contextlib.contextmanager
+def told_if_too_large(what: str) -> Iterator[None]:
+    """What does not fit into the memory of this GPU is left out with a line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        if tp.size() > 1:
+            raise  # another rank may have had enough, and be in the middle of a step
+        print(f"{what}: does not fit", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------- attention
@@ -205,15 +217,12 @@ def bench_attention(case: str, mode: str, heads: tuple[int, int, int], bandwidth
     return row
 
 
-def attention(options: argparse.Namespace) -> list[dict]:
+def attention(options: argparse.Namespace) -> Iterator[dict]:
     bandwidth = copy_bandwidth()
-    rows = []
     for case in options.cases:
         for mode in options.modes:
-            rows.append(bench_attention(case, mode, tuple(options.heads), bandwidth, mode == options.modes[0]))
+            yield bench_attention(case, mode, tuple(options.heads), bandwidth, mode == options.modes[0])
             torch.cuda.empty_cache()
-            print_table(rows[-1:], header=len(rows) == 1)
-    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------- decode
@@ -260,7 +269,7 @@ def bench_decode(model: Transformer, name: str, batch: int, context: int, mode: 
             "compile_s": compile_s, "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30, "copy_gb_s": bandwidth / 1000}
 
 
-def decode(options: argparse.Namespace) -> list[dict]:
+def decode(options: argparse.Namespace) -> Iterator[dict]:
     """Rows of bench_decode. compile_s of the first row of a kind is a cold start where Inductor's cache is empty."""
     name, quantization = options.model, Quantization(options.quantize) if options.quantize else None
     if options.checkpoint_path is not None:
@@ -274,23 +283,15 @@ def decode(options: argparse.Namespace) -> list[dict]:
     if tp.size() > 1 and not options.nccl:
         batch = max(int(shape.split("x")[0]) for shape in options.shapes)
         tp.use_one_shot(batch * model.args.dim, torch.bfloat16)
-    rows = []
     for shape in options.shapes:
         batch, context = map(int, shape.split("x"))
         for mode in options.attention:
-            try:
+            with told_if_too_large(f"{batch} x {context} {mode}"):
                 row = bench_decode(model, name, batch, context, mode, options.sparsity, bandwidth, options.steps)
-            except torch.OutOfMemoryError:
-                if tp.size() > 1:
-                    raise  # another rank may have had enough, and be in the middle of a step
-                print(f"{batch} x {context} {mode}: does not fit", file=sys.stderr)
-                continue
-            row["weights"] = quantization.mode if quantization is not None else "bfloat16"
-            if options.warm_start and tp.size() == 1 and shape == options.shapes[0]:
-                row["warm_start_s"] = warm_start(options, shape, mode)
-            rows.append(row)
-            print_table([row], header=len(rows) == 1)
-    return rows
+                row["weights"] = quantization.mode if quantization is not None else "bfloat16"
+                if options.warm_start and tp.size() == 1 and shape == options.shapes[0]:
+                    row["warm_start_s"] = warm_start(options, shape, mode)
+                yield row
 
 
 def warm_start(options: argparse.Namespace, shape: str, mode: str) -> float:
@@ -335,23 +336,23 @@ def bench_round(model: Transformer, name: str, batch: int, context: int, k: int,
     return row
 
 
-def bench_speculate(options: argparse.Namespace) -> list[dict]:
+def bench_speculate(options: argparse.Namespace) -> Iterator[dict]:
     """Rows of bench_round, and the ms per token that follow where each draft is accepted with a given probability."""
     model = random_model(options.model, "cuda", torch.bfloat16)
     rows = []
     for shape in options.shapes:
         batch, context = map(int, shape.split("x"))
         for k in options.k:
-            rows.append(bench_round(model, options.model, batch, context, k, options.sparsity, options.steps))
+            with told_if_too_large(f"{batch} x {context}, {k} drafts"):
+                rows.append(bench_round(model, options.model, batch, context, k, options.sparsity, options.steps))
+                yield rows[-1]
             torch.cuda.empty_cache()
-            print_table(rows[-1:], header=len(rows) == 1)
     print("\nms per token if each draft is accepted with probability")
     for number, row in enumerate(rows):
         tokens = {p: sum(p ** i for i in range(row["k"] + 1)) for p in (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)}
         implied = {f"{p:.2f}": row["round_ms"] / n for p, n in tokens.items()}
         print_table([{name: row[name] for name in ("batch", "context", "k")} | implied | {"dense": row["dense_ms"]}],
                     header=number == 0)
-    return rows
 
 
 # ---------------------------------------------------------------------------------------------- prefill, whole answers
@@ -368,7 +369,7 @@ def timed_prefill(model: Transformer, ids: Tensor, chunk: int) -> tuple[int, flo
     return token, time.perf_counter() - started
 
 
-def bench_prefill(options: argparse.Namespace) -> list[dict]:
+def bench_prefill(options: argparse.Namespace) -> Iterator[dict]:
     """Seconds and TFLOP/s of reading a random prompt: 2 FLOPs per weight and token, 4 per query, head, channel and visible key.
 
     Signatures are written too. plan_gib: weights, caches and an upper estimate of what a chunk takes.
@@ -376,20 +377,18 @@ def bench_prefill(options: argparse.Namespace) -> list[dict]:
     model = random_model(options.model, "cuda", torch.bfloat16)
     args = model.args
     weights = sum(p.numel() for name, p in model.named_parameters() if name.startswith("layers"))
-    rows = []
     for context in options.context:
-        encoders, settings = hashed(model, context, options.sparsity)
-        release(model)
-        model.setup_caches(1, context, encoders, settings)
-        compile_s = prepare_prefill(model, options.chunk)
-        _, seconds = timed_prefill(model, random_prompt(model, context), options.chunk)
-        flops = context * 2 * weights + 4 * args.n_layer * args.n_head * args.head_dim * context * (context + 1) / 2
-        plan = weight_bytes(model) + context * sum(cache_bytes_per_token(model, encoders, 1))
-        rows.append({"model": options.model, "batch": 1, "context": context, "chunk": options.chunk, "seconds": seconds,
-                     "tflops": flops / seconds / 1e12, "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30,
-                     "plan_gib": (plan + prefill_bytes(model, options.chunk)) / 2 ** 30, "compile_s": compile_s})
-        print_table(rows[-1:], header=len(rows) == 1)
-    return rows
+        with told_if_too_large(f"{context} tokens"):
+            encoders, settings = hashed(model, context, options.sparsity)
+            release(model)
+            model.setup_caches(1, context, encoders, settings)
+            compile_s = prepare_prefill(model, options.chunk)
+            _, seconds = timed_prefill(model, random_prompt(model, context), options.chunk)
+            flops = context * 2 * weights + 4 * args.n_layer * args.n_head * args.head_dim * context * (context + 1) / 2
+            plan = weight_bytes(model) + context * sum(cache_bytes_per_token(model, encoders, 1))
+            yield {"model": options.model, "batch": 1, "context": context, "chunk": options.chunk, "seconds": seconds,
+                   "tflops": flops / seconds / 1e12, "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30,
+                   "plan_gib": (plan + prefill_bytes(model, options.chunk)) / 2 ** 30, "compile_s": compile_s}
 
 
 @torch.inference_mode()
@@ -419,18 +418,16 @@ def bench_latency(model: Transformer, context: int, bandwidth: float, options: a
     return rows
 
 
-def latency(options: argparse.Namespace) -> list[dict]:
+def latency(options: argparse.Namespace) -> Iterator[dict]:
     model = random_model(options.model, "cuda", torch.bfloat16)
     bandwidth = copy_bandwidth()
-    rows = []
     for context in options.context:
-        rows += bench_latency(model, context, bandwidth, options)
-        print_table(rows[-2:], header=len(rows) == 2)
-    return rows
+        with told_if_too_large(f"{context} tokens"):
+            yield from bench_latency(model, context, bandwidth, options)
 
 
 @torch.inference_mode()
-def bench_ragged(options: argparse.Namespace) -> list[dict]:
+def bench_ragged(options: argparse.Namespace) -> Iterator[dict]:
     """Tokens per second of decoding prompts of different lengths in one batch, and one after the other."""
     model = random_model(options.model, "cuda", torch.bfloat16)
     longest = max(options.lengths)
@@ -449,15 +446,12 @@ def bench_ragged(options: argparse.Namespace) -> list[dict]:
             total += median_ms(decoder.step, options.steps) * options.steps / 1000
         return total
 
-    rows = []
     for mode in ("dense", "hash"):
         tokens = len(options.lengths) * options.steps
         together, alone = seconds([options.lengths], mode), seconds([[length] for length in options.lengths], mode)
-        rows.append({"model": options.model, "batch": len(options.lengths), "lengths": options.lengths, "attention": mode,
-                     "sparsity": options.sparsity if mode == "hash" else 1, "together_tok_s": tokens / together,
-                     "alone_tok_s": tokens / alone, "speedup": alone / together})
-        print_table(rows[-1:], header=len(rows) == 1)
-    return rows
+        yield {"model": options.model, "batch": len(options.lengths), "lengths": options.lengths, "attention": mode,
+               "sparsity": options.sparsity if mode == "hash" else 1, "together_tok_s": tokens / together,
+               "alone_tok_s": tokens / alone, "speedup": alone / together}
 
 
 # --------------------------------------------------------------------------------------------------------------- command
@@ -567,9 +561,12 @@ def main() -> None:
     if tp.size() > 1 and options.command != "decode":
         raise UserError(f"bench.py {options.command} measures one GPU; start it without torchrun")
     tp.check_device("cuda")
-    rows = options.run(options)
-    if options.json is not None and tp.rank() == 0:
-        save(options.json, rows)
+    rows = []
+    for row in options.run(options):
+        rows.append(row)
+        print_table([row], header=len(rows) == 1)
+        if options.json is not None and tp.rank() == 0:  # as they come, for a run that ends early
+            save(options.json, rows)
 
 
 if __name__ == "__main__":

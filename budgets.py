@@ -73,8 +73,8 @@ def budgets_for(about: dict, budget: int, tokens: int, window: int, dense_layers
     """
     shares = about.get("budgets")
     if not shares:
-        raise UserError("these signatures hold no calibrated budgets; train them again with train_hash.py, "
-                        "with a longer --context where it stored none, or use --budgets even")
+        raise UserError("these signatures hold no calibrated budgets; train_hash.py --calibrate --out FILE measures them "
+                        "(with a longer --context where it stored none), or use --budgets even")
     nearest = min(shares, key=lambda ratio: abs(math.log(int(ratio) * budget / tokens)))
     wanted = torch.tensor(shares[nearest], dtype=torch.float64)
     n_layer, heads = wanted.shape

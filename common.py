@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -80,10 +81,12 @@ def check_writable(flag: str, path: Path | None) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):  # os.access would tell root that everything is writable
+            pass
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be written: {error.strerror}; choose another place") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{flag} {path} cannot be written; give a file in a writable folder")
+    if path.is_dir():
+        raise UserError(f"{flag} {path} cannot be written: it is a folder; give a file in it")
 
 
 def default_device() -> str:

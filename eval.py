@@ -100,6 +100,10 @@ class Judge:
         self.runs = [Run(self.methods[0], 1, context)]
         self.runs += [Run(method, ratio, min(context, max(math.ceil(context / ratio), least)))
                       for method in self.methods[1:] for ratio in options.ratios]
+        for ratio in options.ratios:
+            if context / ratio <= least:
+                print(f"warning: 1/{ratio} of {context} tokens is no more than --sink and --recent, so that nothing is chosen; "
+                      "give a smaller --ratios", file=sys.stderr)
 
     def prepare(self) -> None:
         """Make the decode step of every run: on a GPU a CUDA graph of its own. Before the first text is read."""
@@ -181,8 +185,10 @@ class Judge:
 
     def texts(self) -> dict[str, Tensor]:
         """The first `context` tokens of every text, int64 [context]."""
-        texts = {}
+        texts: dict[str, Tensor] = {}
         for path in self.options.data:
+            if path.stem in texts:
+                raise UserError(f"--data has two texts of the name {path.stem}, by which they are told apart; rename one")
             ids = self.tokenizer.encode(self.read_text(path))[:self.context]
             if len(ids) < self.context:
                 raise UserError(f"{path} has {len(ids)} tokens, fewer than --context {self.context}; give longer texts")
@@ -447,10 +453,7 @@ def recall(options: argparse.Namespace) -> Iterator[dict]:
 def plot_maps(path: Path, maps: list[tuple[str, Tensor]], across: tuple[str, Sequence[int]], down: tuple[str, Sequence[int]],
               label: str, least: float) -> None:
     """Heat maps side by side, from `least` to 1. maps: titles and values [down, across]; across, down: names and ticks."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("plots need matplotlib; pip install matplotlib") from error
+    import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     columns = min(6, len(maps))
@@ -484,7 +487,7 @@ def lm(options: argparse.Namespace) -> Iterator[dict]:
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
-        raise UserError("the lm command needs lm-evaluation-harness; pip install 'hashfast[eval]'") from error
+        raise UserError("the lm command needs lm-evaluation-harness; pip install lm-eval") from error
     judge = Judge(options, options.batch_size)
     judge.prepare()
     for run, found in evaluate(judge, options):
@@ -501,7 +504,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint_path", type=Path, required=True)
     add("--selector", nargs="+", choices=SELECTORS, default=["hash"], help="dense is always measured (default: hash)")
     add("--signatures", type=Path, nargs="+", default=[], help="files of train_hash.py; each is a hash selector of its own")
-    add("--ratios", type=int, nargs="+", default=[16, 32, 64], help="budget = context / ratio")
+    add("--ratios", type=int, nargs="+", default=[16, 32], help="budget = context / ratio (default: 16 32)")
     add("--sink", type=int, default=64)
     add("--recent", type=int, default=128)
     add("--lsh_bits", type=int, default=128, choices=(32, 64, 128), help="bits of the lsh selector's random projections")
@@ -542,7 +545,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     part.add_argument("--last", type=int, default=64, help="tokens whose attention is looked at")
     part.add_argument("--top", type=int, default=64, help="recall of this many tokens, outside sink and recent")
     part.set_defaults(run=recall, dense_layers=0)
-    part = commands.add_parser("lm", parents=[shared], help="tasks of lm-evaluation-harness (pip install 'hashfast[eval]')")
+    part = commands.add_parser("lm", parents=[shared], help="tasks of lm-evaluation-harness (pip install lm-eval)")
     part.add_argument("--tasks", nargs="+", required=True, help="names that the harness knows")
     part.add_argument("--include_path", type=Path, help="a folder with more tasks (YAML)")
     part.add_argument("--limit", type=int, help="documents per task; default: all")

@@ -30,6 +30,7 @@ from common import (
     atomic_path,
     can_compile,
     check_device,
+    check_writable,
     default_device,
     environment,
 )
@@ -317,6 +318,8 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
         if isinstance(value, int | float) and not low <= value <= high:
             raise UserError(f"--{flag} {value} is out of range; it must be from {low} to {high}")
 
+    for flag in ("save", "profile"):
+        check_writable(f"--{flag}", getattr(options, flag))
     if (options.checkpoint_path is None) == (options.random_weights is None):
         raise UserError("give either --checkpoint_path FOLDER or --random_weights PRESET")
     if options.quantize is not None and options.random_weights is None:

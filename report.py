@@ -357,7 +357,11 @@ def compare(options: argparse.Namespace) -> None:
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"cannot read {path} ({type(error).__name__}: {error}); give files of bench.py decode --json and "
                             "generate.py --save") from error
-    rows = decode_parity(decoded) + speculation_parity(generated)
+    try:
+        rows = decode_parity(decoded) + speculation_parity(generated)
+    except (LookupError, TypeError) as error:
+        raise UserError(f"the files hold other rows than those of bench.py decode --json and generate.py --save of one prompt "
+                        f"({type(error).__name__}: {error}); give such files") from error
     if not rows:
         raise UserError("nothing to compare; give runs with a feature (int8, several GPUs, speculation) and without")
     command = " ".join(["python bench.py parity", *map(str, options.files), "--json", str(options.json)])
@@ -409,10 +413,7 @@ def speculation_parity(runs: list[dict]) -> list[dict]:
 
 def plot(options: argparse.Namespace) -> None:
     """A PNG beside every results file: stages of attention, steps by shape, or latency against context."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("plots need matplotlib; pip install matplotlib") from error
+    import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     for path in options.files:

@@ -207,6 +207,9 @@ def main() -> None:
     layers = args.layers or sorted({round(i * (model.args.n_layer - 1) / 6) for i in range(1, 7)})
     del model.layers[max(layers) + 1:]
     budgets = [max(args.context // ratio, args.sink + args.recent) for ratio in RATIOS]
+    if budgets[-1] <= args.sink + args.recent:
+        print(f"warning: 1/{RATIOS[-1]} of {args.context} tokens is no more than --sink and --recent: nothing is chosen; "
+              "give a longer --context", file=sys.stderr)
     found = []
     every = training + [sequence for sequences in kept.values() for sequence in sequences]
     progress = tqdm(total=len(layers) * len(args.variants), desc="variants")

@@ -29,6 +29,8 @@ die() {
     exit 2
 }
 
+"$PYTHON" -c "" >/dev/null 2>&1 || die "cannot run $PYTHON; run scripts/quickstart.sh first, or name a Python with PYTHON="
+
 run() {
     echo "+ $*" >&2
     "$PYTHON" "$@"
