@@ -7,6 +7,7 @@ text and text decoded at once cannot differ.
 import base64
 import codecs
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # with it, a later fork prints a warning
 
 # Tokens that end a text or a turn. Configs often name only one of those that a model really emits.
 END_TOKENS = ("</s>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|endoftext|>")
@@ -212,7 +215,8 @@ def _huggingface(content: bytes) -> _Backend:
     around = tokenizer.encode("").tokens  # what the post-processor puts around every text: bos, or for a few models eos
     bos_id = special.get(around[0]) if around and around[0] not in END_TOKENS else None
     return _Backend(
-        encode=lambda text, parse_special: tokenizer.encode(text, add_special_tokens=False).ids,
+        # a batch, even of one, leaves the interpreter to other threads while it is encoded
+        encode=lambda text, parse_special: tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids,
         pieces=pieces,
         special=special,
         bos_id=bos_id,
