@@ -80,13 +80,6 @@ class Listwise(Recipe):
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-2, total_steps=steps)
 
 
-class ListwiseMax(Listwise):
-    """`Listwise` after the largest attention of any head of the group, so that a sharp head is not outvoted by diffuse ones."""
-
-    def targets(self, weights: Tensor) -> Tensor:
-        return weights.amax(dim=1, keepdim=True)
-
-
 class ListwiseEach(Listwise):
     """`Listwise` of each query head for its own attention, by the group's one signature: for heads that choose in turn."""
 
@@ -158,5 +151,5 @@ class Hata(Recipe):
         return encoder
 
 
-RECIPES: dict[str, type[Recipe]] = {"listwise": Listwise, "listwise_max": ListwiseMax, "listwise_each": ListwiseEach,
+RECIPES: dict[str, type[Recipe]] = {"listwise": Listwise, "listwise_each": ListwiseEach,
                                     "hashattention": HashAttention, "hata": Hata}

@@ -3,6 +3,7 @@ import argparse
 import sys
 
 import pytest
+import torch
 
 import bench
 from checkpoint import random_model
@@ -27,6 +28,18 @@ def test_latency_measures_a_dense_and_a_sparse_step(monkeypatch: pytest.MonkeyPa
     assert [row["attention"] for row in rows] == ["dense", "hash"] and rows[0]["floor_ms"] > rows[1]["floor_ms"]
 
 
+def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def measure(model: object, context: int, *rest: object) -> list[dict]:
+        if context > 2:
+            raise torch.OutOfMemoryError("too much")
+        return [{"context": context}]
+
+    for name, result in {"random_model": lambda *args: None, "copy_bandwidth": lambda: 1.0, "bench_latency": measure}.items():
+        monkeypatch.setattr(bench, name, result)
+    assert list(bench.latency(argparse.Namespace(model="m", context=[1, 3, 2]))) == [{"context": 1}, {"context": 2}]
+    assert capsys.readouterr().err == "3 tokens: does not fit\n"
+
+
 @pytest.mark.parametrize(("words", "message"), [
     ("decode --shapes 1", "argument --shapes: '1' is not batch x context"),
     ("decode --shapes 1x2x3", "argument --shapes: '1x2x3' is not batch x context"),
@@ -36,6 +49,7 @@ def test_latency_measures_a_dense_and_a_sparse_step(monkeypatch: pytest.MonkeyPa
     ("prefill --context few", "argument --context: invalid int value: 'few'"),
     ("ragged --sparsity nan", "argument --sparsity: nan is out of range"),
     ("decode --json bench.py/rows.json", "--json bench.py/rows.json cannot be written"),
+    ("decode --json /proc/self/rows.json", "--json /proc/self/rows.json cannot be written"),
 ])
 def test_mistakes(words: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bench.py", *words.split()])

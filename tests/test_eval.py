@@ -335,6 +335,13 @@ def test_mistakes_are_one_line_and_exit_2(files: dict[str, Path]) -> None:
     assert done.stderr.startswith("error: --selector hash needs --signatures") and done.stderr.count("\n") == 1
 
 
+def test_texts_of_one_name(files: dict[str, Path]) -> None:
+    given = options(files, "ppl", "--context", "320")
+    given.data = [files["text"]] * 2
+    with pytest.raises(eval.UserError, match="two texts of the name"):
+        list(eval.ppl(given))
+
+
 def test_short_text(files: dict[str, Path]) -> None:
     given = options(files, "ppl", "--context", "500", "--ratios", "8")
     files["text"].with_name("short.txt").write_text("Too short.")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import bench
-from report import TABLES, fill, shape, tables_of
+from report import TABLES, fill, shape, summary, tables_of
 
 ABOUT = {"gpu": "A GPU", "torch": "2.0", "triton": "3.0", "commit": "abc", "command": "python bench.py x"}
 SIZES = {"batch": 1, "context": 32768}
@@ -91,6 +91,29 @@ def test_markers(results, tmp_path: Path) -> None:
     assert fill(filled, folder, tmp_path) == filled
 
 
+def test_summary(results, tmp_path: Path) -> None:
+    """Dense beside hash, from every kind of file; of signatures the first file's, and a shape of two files once."""
+    other = {"recipe": "hata", "bits": 128}
+    for name, rows in {
+        "attention": ROWS["attention"][0],
+        "decode": [*ROWS["decode"][0], STEP | {"ranks": 2}, STEP | {"ranks": 2, "attention": "hash", "sparsity": 32}],
+        "latency": [row | {"model": "m", "batch": 1, "context": context} for row in ROWS["latency"][0]
+                    for context in (32768, 65536)],
+        "ppl": [JUDGED | {"ppl_ratio": 1.25}, JUDGED | other | {"ppl_ratio": 2.0}],
+        "needles": [JUDGED | {"task": task} | changed for task in ("single", "uuids")
+                    for changed in ({"selector": "dense", "recipe": None, "ratio": 1, "exact": 4}, {}, other | {"exact": 0})],
+    }.items():
+        folder = results(name, rows)
+    lines = [[cell.strip() for cell in line.split("|")[1:-2]] for line in summary(folder, tmp_path).splitlines()[2:]]
+    assert lines == [
+        ["attention of a layer, 1 x 32K, 1/32", "50 us (cudnn, 4000 GB/s)", "20.0 us", "2.0 us", "2.5x"],
+        ["a token, m, 1 x 32K, 1/32", "8.00 ms", "3.20 ms", "4.00 ms", "2.50x"],
+        ["a token, m, 1 x 64K, 1/32", "6.00 ms", "4.00 ms", "1.00 ms", "1.50x"],
+        ["perplexity, m, 512 of 8K tokens", "1", "1.250", "-", "-"],
+        ["right answers, m, 512 of 8K tokens: single, multi key, all tasks", "4/4, -, 8/8", "3/4, -, 6/8", "-", "-"]]
+    assert "[decode_here.json](results/decode_here.json)" in summary(folder, tmp_path)
+
+
 def test_report(command, results, tmp_path: Path) -> None:
     folder = results("prefill", ROWS["prefill"][0])
     code, out, _ = command("report", "--results", folder)
@@ -155,6 +178,8 @@ def test_parity(command, tmp_path: Path) -> None:
     assert command("parity", files[1], "--json", out)[0] == 2  # nothing to hold it against
     assert command("parity", files[0], "--json", out)[0] == 2  # nothing but that
     assert command("parity", files[0], files[4], "--json", out)[0] == 2
+    files[1].write_text(json.dumps(ABOUT | {"rows": [CASE]}))  # no decode steps
+    assert command("parity", files[0], files[1], "--json", out)[0] == 2
     files[1].write_text(json.dumps(int8 | {"gpu": "another"}))
     code, _, err = command("parity", *files, "--json", out)
     assert code == 2 and "another GPU" in err and json.loads(out.read_text()) == result
