@@ -8,7 +8,7 @@
     python bench.py latency --json results/latency_h200.json
     python bench.py ragged --json results/ragged_h200.json
     python bench.py plot results/attention_h200.json results/decode_h200.json
-    python bench.py report --results my-results      the README's tables of your own numbers
+    python bench.py report --results my-results      results/README.md's tables of your own numbers
 
 Attention times are medians of CUDA-graph replays over as many copies of the cache as it takes to read past the L2 cache, as
 the layers of a model do. A floor is the bytes that must be read over the copy bandwidth measured in the same run.
@@ -66,6 +66,7 @@ MODES = {
     "hata": HashConfig(bits=128, query_bits=1),  # HATA, arXiv 2506.02572
 }
 CASES = ["1x32768x16", "1x131072x32", "8x32768x32", "1x524288x32", "16x131072x32"]
+DENSE = ("dense_best_us", "dense_best", "flash_us", "flex_us", "classic_us", "hashfast_dense_us", "dense_gb_s")
 SINK, RECENT = 64, 128
 ROTATE_BYTES = 256 * 2 ** 20  # a few times the L2 cache
 
@@ -220,8 +221,12 @@ def bench_attention(case: str, mode: str, heads: tuple[int, int, int], bandwidth
 def attention(options: argparse.Namespace) -> Iterator[dict]:
     bandwidth = copy_bandwidth()
     for case in options.cases:
+        dense: dict = {}  # of the case's first mode, for the rows of all
         for mode in options.modes:
-            yield bench_attention(case, mode, tuple(options.heads), bandwidth, mode == options.modes[0])
+            with told_if_too_large(f"{case} {mode}"):
+                row = bench_attention(case, mode, tuple(options.heads), bandwidth, not dense)
+                dense = dense or {name: row[name] for name in DENSE if name in row}
+                yield row | dense
             torch.cuda.empty_cache()
 
 
@@ -262,15 +267,15 @@ def bench_decode(model: Transformer, name: str, batch: int, context: int, mode: 
     compile_s = decoder.prepare()
     fill_caches(model)
     decoder.start(torch.zeros_like(decoder.token[:, 0]), context)
-    ms = median_ms(decoder.step, steps)
+    ms, read = median_ms(decoder.step, steps), bytes_per_step(model, settings, context, batch)
     return {"model": name, "ranks": model.args.ranks, "batch": batch, "context": context, "attention": mode,
             "sparsity": sparsity if mode == "hash" else 1, "ms_per_step": ms, "tok_s": 1000 * batch / ms,
-            "floor_ms": bytes_per_step(model, settings, context, batch) / bandwidth / 1000,
+            "floor_ms": read / bandwidth / 1000, "gb_s": read / ms / 1e6,
             "compile_s": compile_s, "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30, "copy_gb_s": bandwidth / 1000}
 
 
 def decode(options: argparse.Namespace) -> Iterator[dict]:
-    """Rows of bench_decode. compile_s of the first row of a kind is a cold start where Inductor's cache is empty."""
+    """Rows of bench_decode. compile_s of the first is a cold start where Inductor's cache is empty; the others find parts."""
     name, quantization = options.model, Quantization(options.quantize) if options.quantize else None
     if options.checkpoint_path is not None:
         if options.quantize:
@@ -288,22 +293,23 @@ def decode(options: argparse.Namespace) -> Iterator[dict]:
         for mode in options.attention:
             with told_if_too_large(f"{batch} x {context} {mode}"):
                 row = bench_decode(model, name, batch, context, mode, options.sparsity, bandwidth, options.steps)
-                row["weights"] = quantization.mode if quantization is not None else "bfloat16"
+                row |= {"weights": quantization.mode if quantization is not None else "bfloat16", "warm_start_s": None}
                 if options.warm_start and tp.size() == 1 and shape == options.shapes[0]:
+                    release(model)  # the second process needs room
                     row["warm_start_s"] = warm_start(options, shape, mode)
                 yield row
 
 
-def warm_start(options: argparse.Namespace, shape: str, mode: str) -> float:
-    """Compile and capture seconds of a second process, which finds the first one's caches on disk."""
+def warm_start(options: argparse.Namespace, shape: str, mode: str) -> float | None:
+    """Compile and capture seconds of a second process, which finds the first one's caches on disk; None where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         subprocess.run([sys.executable, __file__, "decode", "--model", options.model, "--shapes", shape, "--attention", mode,
                         "--sparsity", str(options.sparsity), "--steps", "8", "--no_warm_start", "--json", str(path),
                         *(["--quantize", options.quantize] if options.quantize else []),
                         *(["--checkpoint_path", str(options.checkpoint_path)] if options.checkpoint_path else [])],
-                       capture_output=True, check=True)
-        return json.loads(path.read_text())["rows"][0]["compile_s"]
+                       capture_output=True, check=False)
+        return json.loads(path.read_text())["rows"][0]["compile_s"] if path.is_file() else None
 
 
 # ------------------------------------------------------------------------------------------------------------- speculate
@@ -456,8 +462,9 @@ def bench_ragged(options: argparse.Namespace) -> Iterator[dict]:
 
 # --------------------------------------------------------------------------------------------------------------- command
 
-def save(path: Path, rows: list[dict]) -> None:
-    result = {**environment(), "command": shlex.join(["python", *sys.argv]), "rows": rows}
+def save(path: Path, about: dict[str, str], rows: list[dict]) -> None:
+    launch = ["torchrun", "--nproc_per_node", str(tp.size())] if tp.size() > 1 else ["python"]
+    result = {**about, "command": shlex.join([*launch, *sys.argv]), "rows": rows}
     with atomic_path(path) as beside:
         beside.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -561,12 +568,14 @@ def main() -> None:
     if tp.size() > 1 and options.command != "decode":
         raise UserError(f"bench.py {options.command} measures one GPU; start it without torchrun")
     tp.check_device("cuda")
-    rows = []
+    rows, about = [], environment()  # before a results file that git knows is written over
     for row in options.run(options):
         rows.append(row)
         print_table([row], header=len(rows) == 1)
         if options.json is not None and tp.rank() == 0:  # as they come, for a run that ends early
-            save(options.json, rows)
+            save(options.json, about, rows)
+    if not rows:
+        raise UserError(f"nothing that bench.py {options.command} was asked for fits into this GPU's memory; ask for less")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class Judge:
         for ratio in options.ratios:
             if context / ratio <= least:
                 print(f"warning: 1/{ratio} of {context} tokens is no more than --sink and --recent, so that nothing is chosen; "
-                      "give a smaller --ratios", file=sys.stderr)
+                      "give smaller --ratios", file=sys.stderr)
 
     def prepare(self) -> None:
         """Make the decode step of every run: on a GPU a CUDA graph of its own. Before the first text is read."""
@@ -585,11 +585,11 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    rows = []
+    rows, about = [], environment()  # before a results file that git knows is written over
     for row in options.run(options):
         rows.append(row)
         if options.json is not None:
-            result = {**environment(), "command": shlex.join(["python", *sys.argv]), "rows": rows}
+            result = {**about, "command": shlex.join(["python", *sys.argv]), "rows": rows}
             with atomic_path(options.json) as beside:
                 beside.write_text(json.dumps(result, indent=1) + "\n")
 

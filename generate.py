@@ -422,8 +422,8 @@ def plan_memory(options: argparse.Namespace, models: list[Transformer], length: 
     each = f" of each of {tp.size()} ranks" if tp.size() > 1 else ""
     print(f"memory plan{each}: weights {sum(map(weight_bytes, models)) / 2 ** 30:.2f} GiB, "
           f"K and V {row * length / 2 ** 30:.2f} GiB, signatures "
-          f"{signature_row * length / 2 ** 20:.1f} MiB for {f'{batch} x ' if batch > 1 else ''}{length} tokens; "
-          f"up to {fits} tokens fit", file=sys.stderr)
+          f"{signature_row * length / 2 ** 20:.1f} MiB for {f'{batch} x ' if batch > 1 else ''}{length} tokens, "
+          f"work {chunk / 2 ** 30:.2f} GiB at most; up to {fits} tokens fit", file=sys.stderr)
     return length
 
 

@@ -1,7 +1,8 @@
 """Linear layers of a decode step together with the norm before and the activation or residual after them.
 
 Plain PyTorch on a CPU, for prompts, and for layers that are divided among ranks; one Triton kernel each for a step of one
-sequence on a GPU (linear_kernels.py, of quantised weights quant_kernels.py). Of more rows cuBLAS is as fast.
+sequence on a GPU (linear_kernels.py, of quantised weights quant_kernels.py). More rows go to cuBLAS, which was faster in whole
+steps (results/NOTES.md), or to the tensor core kernels of quant_kernels.py.
 
 Symbols: K inputs, N outputs.
 """
@@ -20,7 +21,7 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tenso
                      gated: bool) -> Tensor:
     """residual + norm(x) W^T + bias; where gated, silu of the first half of the outputs times the second half instead.
 
-    x [..., K], weight [N, K] ([2 N, K] where gated), bias [N], norm [K] (RMSNorm's weight), residual [..., N] -> [..., N].
+    x [..., K], weight [N, K] and bias [N] (2 N where gated), norm [K] (RMSNorm's weight), residual [..., N] -> [..., N].
     bias, norm and residual may be None.
     """
     return _after(F.linear(x if norm is None else rms_norm(x, norm, eps), weight, bias), residual, gated)

@@ -89,6 +89,8 @@ def _(x, weight, bias, norm, eps, residual, gated):
 
 def _launch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float, residual: Tensor | None,
                    gated: bool, *, block_n: int, block_k: int, num_warps: int) -> Tensor:
+    if gated and bias is not None:
+        raise ValueError("a gated product has no bias here")
     K, N = x.shape[-1], weight.shape[0] // (2 if gated else 1)
     out = x.new_empty((*x.shape[:-1], N))
     _linear_kernel[(triton.cdiv(N, block_n),)](

@@ -1,4 +1,4 @@
-"""What bench.py and eval.py measured, for people: lines on the terminal, README's tables, PNGs.
+"""What bench.py and eval.py measured, for people: lines on the terminal, tables for README.md and results/README.md, PNGs.
 
 A results file is JSON: {"gpu", "torch", "triton", "commit", "command", "rows"}. `python bench.py report` turns the files of a
 folder into tables, each with where and how it was measured below it; every figure in them comes from a row.
@@ -73,10 +73,10 @@ def attention_table(rows: list[dict]) -> str:
             f"{shape(dense)}, 1/{dense['sparsity']}", fixed(hash.get("total_us"), 1), fixed(hash.get("floor_us"), 1),
             f"{dense['dense_best_us']:.0f} ({dense['dense_best']}, {dense['dense_gb_s']:.0f} GB/s)",
             fixed(dense["dense_best_us"] / hash["total_us"] if hash else None, 1, "x"), fixed(dense["flash_us"], 0),
-            fixed(dense["flex_us"], 0), fixed(hash.get("encode_us"), 1), fixed(paper.get("total_us"), 1),
-            fixed(hata.get("total_us"), 1)])
+            fixed(dense["flex_us"], 0), fixed(dense.get("classic_us"), 0), fixed(dense.get("topk_us"), 0),
+            fixed(hash.get("encode_us"), 1), fixed(paper.get("total_us"), 1), fixed(hata.get("total_us"), 1)])
     return markdown(["batch x context, read", "hash", "floor", "fastest dense", "hash is", "FlashDecode", "FlexAttention",
-                     "encoding, on top", "HashAttention's signatures", "HATA's"], lines)
+                     "first gpt-fast", "torch.topk alone", "encoding, on top", "HashAttention's signatures", "HATA's"], lines)
 
 
 def decode_table(rows: list[dict]) -> str:
@@ -88,9 +88,10 @@ def decode_table(rows: list[dict]) -> str:
                       fixed(hash.get("ms_per_step"), 2), fixed(hash.get("floor_ms"), 2), fixed(gain, 2, "x"),
                       fixed(hash.get("peak_gib"), 1)])
     table = markdown(["batch x context", "dense ms", "floor", "hash ms", "floor", "hash is", "GiB at most"], lines)
-    starts = [f"{row['attention']} {row['compile_s']:.1f} s with empty caches, {row['warm_start_s']:.1f} s in the next process"
-              for row in rows if row.get("warm_start_s") is not None]
-    return table + (f"\n\nCompiling and capturing the first shape: {'; '.join(starts)}." if starts else "")
+    starts = [f"{row['attention']} {row['compile_s']:.1f} s{', with what it shares made already' if i else ''}, "
+              f"{row['warm_start_s']:.1f} s in another process later"
+              for i, row in enumerate(row for row in rows if row.get("warm_start_s") is not None)]
+    return table + (f"\n\nCompiling and capturing the first shape, one after the other: {'; '.join(starts)}." if starts else "")
 
 
 def latency_table(rows: list[dict]) -> str:
@@ -155,10 +156,11 @@ def by_run(rows: list[dict]) -> list[list[dict]]:
 
 def needles_table(rows: list[dict]) -> str:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    lines = [[method(runs[0]), f"{runs[0]['budget']} of {runs[0]['context']}",
-              *(answers([row for row in runs if row["task"] == task]) for task in tasks), answers(runs)]
+    lines = [[method(runs[0]), f"{runs[0]['budget']} of {runs[0]['context']}", f"{runs[0]['bytes_per_token']:g}",
+              *(f"{answers(own)} ({own[0]['nll_difference']:+.2f})" if own else "-"
+                for own in ([row for row in runs if row["task"] == task] for task in tasks)), answers(runs)]
              for runs in by_run(rows)]
-    return markdown(["chosen by", "tokens read", *(task.replace("_", " ") for task in tasks), "all"], lines)
+    return markdown(["chosen by", "tokens read", "bytes", *(task.replace("_", " ") for task in tasks), "all"], lines)
 
 
 def grid_table(rows: list[dict]) -> str:
@@ -205,15 +207,45 @@ def summary_lines(name: str, rows: list[dict]) -> Iterable[list[str]]:
                 yield [f"perplexity, {what}", "1", f"{own[0]['ppl_ratio']:.3f}", "-", "-"]
 
 
+def span(ratios: Iterable[float]) -> str:
+    """The least and the largest, as "2.8x to 15.0x"."""
+    found = sorted(ratios)
+    return f"{found[0]:.1f}x to {found[-1]:.1f}x" if found else "-"
+
+
+def claims(folder: Path) -> str:
+    """What the papers claim beside what the attention and decode files of `folder` say.
+
+    The claims are those of the abstracts of arXiv 2412.14468 and 2506.02572, and of the first one's section on LongBench.
+    """
+    def rows_of(name: str) -> list[dict]:
+        return [row for path in sorted(folder.glob(TABLES[name].files)) for row in read_results(path)["rows"]]
+
+    def faster(peer: str) -> str:
+        return span(row[peer] / row["total_us"] for row in rows_of("attention") if row["mode"] == "default" and row.get(peer))
+
+    steps = [[pick(runs, attention=mode) for mode in ("dense", "hash")]
+             for runs in by(rows_of("decode"), lambda row: (row["model"], shape(row))) if runs[0].get("ranks", 1) == 1]
+    throughput = span(dense["ms_per_step"] / hash["ms_per_step"] for dense, hash in steps if dense and hash)
+    return markdown(["paper", "claim", "here"], [
+        ["HashAttention", "attention up to 4.3x faster in GPT-FAST; A100, 1/32", f"{faster('flex_us')}, of FlexAttention"],
+        ["HashAttention", "attention up to 2.54x faster in FlashDecode; A100, 1/32", f"{faster('flash_us')}, of FlashDecode"],
+        ["HashAttention", "throughput of GPT-FAST up to 3.12x; A100, 1/32", f"{throughput}, of our own dense steps"],
+        ["HashAttention", "LongBench, Llama-3.1-8B: 48.78 dense, 48.00 at 1/16", "not measured"],
+        ["HATA", "up to 7.2x faster than full attention; batch 8, 32K, one KV head per query head",
+         f"{faster('dense_best_us')}, of the fastest dense kernel"]])
+
+
 def summary(folder: Path, base: Path) -> str:
     """README's table: dense beside hash, from all files of `folder` that hold both."""
-    lines: dict[str, list[str]] = {}
+    lines: dict[tuple[str, str], list[str]] = {}
     for name in ("attention", "decode", "latency", "ppl", "needles"):
         for path in sorted(folder.glob(TABLES[name].files)):
             link = Path(os.path.relpath(path, base)).as_posix()
-            rows = [row for row in read_results(path)["rows"] if row.get("ranks", 1) == 1]
-            for line in summary_lines(name, rows):  # a shape of both decode and latency stands there once
-                lines.setdefault(line[0], [*line, f"[{path.name}]({link})"])
+            result = read_results(path)
+            rows = [row for row in result["rows"] if row.get("ranks", 1) == 1]
+            for line in told(path, name, summary_lines, name, rows):  # a shape of both decode and latency stands there once
+                lines.setdefault((line[0], result["gpu"]), [*line, f"[{path.name}]({link})"])
     return markdown(["measured", "dense", "hash", "floor of hash", "hash is", "rows and command"],
                     lines.values()) if lines else ""
 
@@ -230,9 +262,10 @@ class Table:
 TABLES = {
     "attention": Table("attention*.json", "**One layer's attention**, microseconds: score, select, attend in one CUDA graph; "
                        "random data. *Floor*: the bytes that must be read over the copy bandwidth of the same run. Encoding "
-                       "includes RoPE and the append of K and V, which a dense step needs too. The last two columns are the "
-                       "papers' shapes of signature in these kernels, not the papers' own code. FlashInfer is not "
-                       "compared.", attention_table),
+                       "includes RoPE and the append of K and V, which a dense step needs too. *First gpt-fast*: SDPA with a "
+                       "mask on K and V repeated for every query head. The last two columns are the papers' shapes of "
+                       "signature in these kernels, not the papers' own code. FlashInfer is not compared; FlexAttention does "
+                       "not run where there is a dash.", attention_table),
     "decode": Table("decode*.json", "**Whole decode steps**, random weights: the latency is what is measured. *Floor*: "
                     "weights, K, V and signatures that a step must read over the copy bandwidth.", decode_table, image=True),
     "latency": Table("latency*.json", "**From the prompt on**, batch 1, random weights: time to the first token (dense in both "
@@ -246,7 +279,9 @@ TABLES = {
     "ppl": Table("quality_ppl*.json", "**Perplexity** of a text's last tokens, each decoded given the true ones before it, as "
                  "a ratio to dense; real weights, texts that no signature was trained on.", ppl_table),
     "needles": Table("quality_needles*.json", "**Retrieval**, right answers of documents, real weights; the question and the "
-                     "answer are decoded sparsely.", needles_table),
+                     "answer are decoded sparsely. In brackets: how much less likely the true answer's tokens are than with "
+                     "dense attention, negative log-likelihood per token (paired 95 % intervals are in the rows). *Bytes*: "
+                     "what is read to choose, per token of the cache, layer and KV head.", needles_table),
     "grid": Table("needle_grid*.json", "**One needle at every depth**, right answers of documents, real weights.", grid_table),
     "quickstart": Table("quickstart*.json", "**The quickstart's prompt**, real weights.", quickstart_table),
 }
@@ -278,16 +313,22 @@ def provenance(result: dict, path: Path, link: Path, image: bool) -> str:
     return f"{', '.join(filter(None, parts))}; {', '.join(links)}: `{result['command']}`.{note}"
 
 
+def told(path: Path, name: str, make: Callable, *arguments: object) -> str | list:
+    """make(*arguments), a string or all that it yields; a UserError where the rows of `path` are not those of table NAME."""
+    try:
+        made = make(*arguments)
+        return made if isinstance(made, str) else list(made)
+    except (LookupError, TypeError, AttributeError, StopIteration, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path} has no rows for the table {name} ({type(error).__name__}: {error}); measure it again, or "
+                        "move it elsewhere") from error
+
+
 def tables_of(name: str, folder: Path, base: Path) -> str:
     """Table NAME from the files of `folder`, as Markdown whose links start at `base`; empty where there are no files."""
     table, parts = TABLES[name], []
     for path in sorted(folder.glob(table.files)):
         result = read_results(path)
-        try:
-            made = table.make(result["rows"])
-        except (LookupError, TypeError, AttributeError, StopIteration, ValueError, ZeroDivisionError) as error:
-            raise UserError(f"{path} has no rows for the table {name} ({type(error).__name__}: {error}); measure it again, or "
-                            "move it elsewhere") from error
+        made = told(path, name, table.make, result["rows"])
         link = Path(os.path.relpath(path, base))
         if table.image and path.with_suffix(".png").exists():
             parts.append(f"![{name}]({link.with_suffix('.png').as_posix()})")
@@ -302,10 +343,10 @@ def fill(text: str, folder: Path, base: Path) -> str:
     """`text` with what stands between its markers made anew from the results in `folder`."""
     def made(match: re.Match) -> str:
         name = match[2]
-        if name == "summary":
-            return f"{match[1]}\n{summary(folder, base)}\n\n{match[4]}"
+        if name in ("summary", "claims"):
+            return f"{match[1]}\n{summary(folder, base) if name == 'summary' else claims(folder)}\n\n{match[4]}"
         if name not in TABLES:
-            raise UserError(f"there is no table {name!r}; the markers may name summary, {', '.join(TABLES)}")
+            raise UserError(f"there is no table {name!r}; the markers may name summary, claims, {', '.join(TABLES)}")
         table = tables_of(name, folder, base)
         return match[1] + (f"\n{table}\n\n" if table else f"<!-- no {TABLES[name].files} -->\n") + match[4]
 
@@ -313,7 +354,7 @@ def fill(text: str, folder: Path, base: Path) -> str:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Print the tables of a results folder, or put them between the markers of a Markdown file."""
+    """Print the tables of a results folder, or put them between the markers of Markdown files."""
     if not options.results.is_dir():
         raise UserError(f"no such folder: {options.results}; give the one that --json wrote to")
     if options.write is None:
@@ -329,7 +370,7 @@ def report(options: argparse.Namespace) -> None:
             raise UserError(f"cannot read {page}: {error}; give a Markdown file") from error
         if not MARKED.search(text):
             raise UserError(f"{page} has no line <!-- table:NAME --> with <!-- /table --> after it; write them where "
-                            f"tables shall be (summary, {', '.join(TABLES)})")
+                            f"tables shall be (summary, claims, {', '.join(TABLES)})")
         with atomic_path(page) as beside:
             beside.write_text(fill(text, options.results, page.parent), encoding="utf-8")
 
@@ -343,13 +384,16 @@ def compare(options: argparse.Namespace) -> None:
     `generate.py --save`, where runs that speculate are held against the one of the same prompt that does not.
     """
     decoded, generated, machine = [], [], {}
+    commits, dates = {}, {}  # in the order of the files
     for path in options.files:
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             about = result.get("versions") or result
             if machine and about["gpu"] != machine["gpu"]:
                 raise UserError(f"{path} is of another GPU than {options.files[0]}; compare runs of one kind")
-            machine = machine or {name: about[name] for name in ("gpu", "torch", "triton", "commit", "date") if name in about}
+            machine = machine or {name: about[name] for name in ("gpu", "torch", "triton")}
+            commits |= {about["commit"]: None}
+            dates |= {about.get("date", ""): None}
             if "rows" in result:
                 decoded += result["rows"]
             else:
@@ -366,7 +410,8 @@ def compare(options: argparse.Namespace) -> None:
         raise UserError("nothing to compare; give runs with a feature (int8, several GPUs, speculation) and without")
     command = " ".join(["python bench.py parity", *map(str, options.files), "--json", str(options.json)])
     with atomic_path(options.json) as beside:
-        beside.write_text(json.dumps({**machine, "command": command, "rows": rows}, indent=1) + "\n")
+        about = {**machine, "commit": ", ".join(commits), "date": ", ".join(filter(None, dates)), "command": command}
+        beside.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     print(parity_table(rows))
 
 

@@ -84,7 +84,7 @@ def split_budget(budget: int, length: int, group: int, window: int) -> int:
 
 
 def turn_scores(scores: Tensor, seq_lens: Tensor, sink: int, recent: int) -> Tensor:
-    """Scores of tokens for a group whose heads take turns: each in turn takes its best token that is not taken yet.
+    """Scores of tokens for a group whose heads take turns: each in turn names its next best; one named before is passed over.
 
     scores float32 [B, Hkv, G, S] of each head -> float32 [B, Hkv, S], no two of a row equal.
     """
@@ -431,7 +431,7 @@ def make_methods(names: list[str], model: Transformer, sink: int, recent: int, s
     by_hash = {"hash": Hash, "hash_calibrated": CalibratedHash, "hash_balanced": HashBalanced, "hash_near": HashNear,
                "hash_split": HashSplit, "hash_turns": HashTurns}
     if by_hash.keys() & set(names) and not signatures:
-        raise UserError("--selector hash needs --signatures FILE; train one with train_hash.py, or choose lsh")
+        raise UserError("--selector hash and those like it need --signatures FILE; train one with train_hash.py, or choose lsh")
     caches = [layer.attention.cache.k for layer in model.layers]
     dense = [None] * min(dense_layers, len(caches))
     fingerprint = model.fingerprint()

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Measure the results again: each part writes its files and plots in results/, and at the end README's tables are made anew.
+# Measure the results again: each part writes its files and plots in results/, and at the end the tables of README.md and
+# results/README.md are made anew.
 # usage: bash scripts/reproduce.sh {attention,decode,prefill,speculate,parity,quality,all}...
 #
 # It needs an NVIDIA GPU (for the figures as they stand, an H200) and the environment that scripts/quickstart.sh made; with
@@ -11,9 +12,12 @@
 #   MODEL     a checkpoint folder made for 32K tokens (python scripts/download.py Qwen/Qwen2.5-Coder-1.5B-Instruct --out ...)
 #   SIGNATURES  its signatures (python train_hash.py); default: weights/<the folder's name>.safetensors
 #   PROMPT    a text file of about 31,000 of its tokens;  DRAFT: a smaller checkpoint of the same vocabulary
-#   RESULTS   another folder than results/; README is then left alone
+#   RESULTS   another folder than results/; the READMEs are then left alone
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# of the code as it is now: the first results file that is written over would make it "dirty"
+HASHFAST_COMMIT=${HASHFAST_COMMIT:-$(git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)}
+export HASHFAST_COMMIT
 
 PYTHON=${PYTHON:-.venv/bin/python}
 RESULTS=${RESULTS:-results}
@@ -57,19 +61,20 @@ speculate() {
 }
 
 parity() {
-    local bits ranks folder=.cache/parity shapes="1x32768 8x32768" files
+    local bits ranks k folder="$RESULTS/raw" shapes="1x32768 8x32768" files
     local torchrun=(-m torch.distributed.run --standalone --nproc_per_node)
     # shellcheck disable=SC2086  # shapes are words
-    run bench.py decode --shapes $shapes --no_warm_start --json $folder/plain.json
+    run bench.py decode --shapes $shapes --no_warm_start --json "$folder/plain_$name.json"
     for bits in int8 int4; do
-        run bench.py decode --shapes 1x32768 --quantize $bits --no_warm_start --json $folder/$bits.json
+        run bench.py decode --shapes 1x32768 --quantize $bits --attention hash \
+            --no_warm_start --json "$folder/${bits}_$name.json"
     done
-    files=($folder/plain.json $folder/int8.json $folder/int4.json)
+    files=("$folder/plain_$name.json" "$folder/int8_$name.json" "$folder/int4_$name.json")
     for ranks in 2 4; do
         if [ "$(wc -l <<<"$gpus")" -ge $ranks ]; then
             # shellcheck disable=SC2086
-            run "${torchrun[@]}" $ranks bench.py decode --shapes $shapes --json $folder/tp$ranks.json
-            files+=($folder/tp$ranks.json)
+            run "${torchrun[@]}" $ranks bench.py decode --shapes $shapes --json "$folder/tp${ranks}_$name.json"
+            files+=("$folder/tp${ranks}_$name.json")
         else
             echo "tensor parallelism of $ranks is left out: it needs as many GPUs" >&2
         fi
@@ -81,12 +86,16 @@ parity() {
     if [ -n "$MODEL" ]; then
         local answer=(generate.py --checkpoint_path "$MODEL" --prompt_file "$PROMPT" --max_new_tokens 384 --ignore_eos
             --temperature 0 --compile --no_stream)
-        run "${answer[@]}" --save $folder/dense.json
-        run "${answer[@]}" --speculate self --sparsity 32 --signatures "$SIGNATURES" --save $folder/self.json
-        files+=($folder/dense.json $folder/self.json)
+        run "${answer[@]}" --save "$folder/generate_dense.json"
+        files+=("$folder/generate_dense.json")
+        for k in 2 4; do
+            run "${answer[@]}" --speculate self --speculate_k $k --sparsity 32 --signatures "$SIGNATURES" \
+                --save "$folder/generate_self$k.json"
+            files+=("$folder/generate_self$k.json")
+        done
         if [ -n "${DRAFT:-}" ]; then
-            run "${answer[@]}" --draft_checkpoint_path "$DRAFT" --save $folder/draft.json
-            files+=($folder/draft.json)
+            run "${answer[@]}" --draft_checkpoint_path "$DRAFT" --save "$folder/generate_draft.json"
+            files+=("$folder/generate_draft.json")
         fi
     else
         echo "speculation with real weights is left out: it needs MODEL" >&2
@@ -97,7 +106,9 @@ parity() {
 quality() {
     run scripts/fetch_quickstart.py
     run eval.py ppl --checkpoint_path $small --signatures weights/smollm2-135m-instruct.safetensors --data "$BOOKS"/*.txt \
-        --context 8192 --last 512 --ratios 16 32 64 --compile --json "$RESULTS/quality_ppl.json"
+        --context 8192 --last 512 --ratios 16 32 --compile --json "$RESULTS/quality_ppl.json"
+    run scripts/ablations.py --checkpoint_path $small --data "$BOOKS"/*.txt --context 2048 --sink 4 --recent 12 \
+        --sequences 12 --steps 150 --layers 4 14 24 --json "$RESULTS/ablations.json"
     if [ -z "$MODEL" ]; then
         echo "quality at 32K tokens is left out: it needs MODEL" >&2
         return

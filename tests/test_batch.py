@@ -55,6 +55,18 @@ def test_tokens_equal_those_of_each_prompt_alone(flags: tuple, run: Callable[...
     assert [len(tokens) for tokens in batch] == [24, 24, 24] and len(set(map(tuple, batch))) == 3
 
 
+def test_eight_prompts_of_1k_to_32k(run: Callable[..., Ran], write: Callable[..., Path],
+                                    checkpoint_copy: Callable[..., Path]) -> None:
+    """At one budget, in float32."""
+    model = ("--checkpoint_path", checkpoint_copy(max_position_embeddings=2 ** 16))
+    random = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(256, (1024 * length,), generator=random).tolist() for length in (32, 1, 24, 2, 16, 4, 12, 8)]
+    flags = ("--attention", "hash", "--budget", 1024, "--ignore_eos")
+    batch = run("--prompts", write(*({"ids": ids} for ids in prompts)), *flags, model=model).tokens
+    assert batch == [run("--prompts", write({"ids": ids}), *flags, model=model).tokens[0] for ids in prompts]
+    assert len(set(map(tuple, batch))) > 1
+
+
 @pytest.mark.parametrize("flags", [(), HASH])
 def test_sequences_end_at_different_steps(flags: tuple, run: Callable[..., Ran], write: Callable[..., Path],
                                           checkpoint_copy: Callable[..., Path]) -> None:

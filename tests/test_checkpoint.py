@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 from checkpoint import PRESETS, load_args, load_model, random_model
 from common import UserError
-from model import ModelArgs, RopeScaling, rope_frequencies
+from model import ModelArgs, RopeScaling, Transformer, rope_frequencies
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
@@ -213,6 +213,25 @@ def test_rope_equals_transformers(scaling: dict[str, Any], head_dim: int, tmp_pa
     inv_freq, gain = rope_frequencies(load_args(folder))
     torch.testing.assert_close(inv_freq, reference.inv_freq, rtol=1e-6, atol=0)
     assert gain == pytest.approx(reference.attention_scaling)
+
+
+@pytest.mark.parametrize("config", [
+    LLAMA_V4 | {"rope_theta": 500000.0, "max_position_embeddings": 131072, "rope_scaling": LLAMA3 | {
+        "original_max_position_embeddings": 8192}},
+    QWEN_V4 | {"rope_theta": 1000000.0, "max_position_embeddings": 131072, "rope_scaling": YARN | {
+        "original_max_position_embeddings": 32768}},
+], ids=["llama3", "yarn"])
+def test_angles_to_128k_equal_transformers(config: dict[str, Any], tmp_path: Path) -> None:
+    folder = written(tmp_path, config | {"head_dim": 64})
+    args = load_args(folder)
+    name = "Llama" if config["model_type"] == "llama" else "Qwen2"
+    module = getattr(transformers.models, name.lower())
+    reference = getattr(getattr(module, f"modeling_{name.lower()}"), f"{name}RotaryEmbedding")(
+        transformers.AutoConfig.from_pretrained(folder))
+    positions = torch.tensor([[0, 1, 8191, 8192, 32767, 32768, 65535, 131071]])
+    expected = reference(torch.zeros(1, 1), positions)  # its halves repeat
+    for ours, theirs in zip(Transformer(args).rope(positions), expected, strict=True):
+        torch.testing.assert_close(ours, theirs[..., :32], rtol=1e-4, atol=1e-4)
 
 
 def test_qwen_yarn_recipe(tmp_path: Path) -> None:

@@ -265,7 +265,6 @@ def run_main(given, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 
 def test_grid(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
     given = options(files, "grid", "--selector", "hash", "--ratios", "8", "--contexts", "480", "420", "--depths", "0", "60",
                     "100", "--samples", "2", "--batch_size", "4", "--json", str(tmp_path / "grid.json"))
     rows = run_main(given, monkeypatch)
@@ -292,7 +291,6 @@ def test_recall_of_a_batch_is_the_mean_of_its_texts(files: dict[str, Path], tmp_
 
 
 def test_recall(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
     given = options(files, "recall", "--selector", *SELECTORS, "--ratios", "1", "8", "--last", "6", "--top", "10",
                     "--json", str(tmp_path / "recall.json"))
     rows = run_main(given, monkeypatch)
@@ -332,7 +330,7 @@ def test_mistakes_are_one_line_and_exit_2(files: dict[str, Path]) -> None:
                str(CONTEXT), "--last", "8", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: --selector hash needs --signatures") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --selector hash and those like it need --signatures") and done.stderr.count("\n") == 1
 
 
 def test_texts_of_one_name(files: dict[str, Path]) -> None:

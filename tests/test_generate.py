@@ -496,11 +496,12 @@ def test_memory_plan(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -
         ran = run("--max_seq_length", "auto")
         assert ran.json["kv_bytes"] == 256 * length
         assert ran.err.splitlines()[0] == (
-            f"memory plan: weights {weights / 2 ** 30:.2f} GiB, K and V 0.00 GiB, signatures 0.0 MiB for {length} tokens; "
-            f"up to {fits} tokens fit")
+            f"memory plan: weights {weights / 2 ** 30:.2f} GiB, K and V 0.00 GiB, signatures 0.0 MiB for {length} tokens, "
+            f"work 0.00 GiB at most; up to {fits} tokens fit")
     monkeypatch.setattr(generate, "free_memory", lambda device: 2 ** 34)
     ran = run("--attention", "hash", "--budget", 500, "--max_seq_length", "auto", "--batch_size", 2)
-    assert f"signatures {2 * 16 * 512 / 2 ** 20:.1f} MiB for 2 x 512 tokens; up to {2 ** 34 // 544} tokens fit" in ran.err
+    assert f"signatures {2 * 16 * 512 / 2 ** 20:.1f} MiB for 2 x 512 tokens, " in ran.err
+    assert f"up to {2 ** 34 // 544} tokens fit" in ran.err
 
 
 def test_prefill_chunks(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:

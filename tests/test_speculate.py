@@ -14,6 +14,7 @@ from torch import Tensor
 from decode import Decoder, Sampling, decode, prefill, probabilities, sample
 from hash_attention import HashConfig, random_encoders
 from model import ModelArgs, SparseSettings, Transformer
+from quant_linear import Int4Linear, Int8Linear, Quantization, quantize_int4, quantize_int8, swap_linears
 from speculate import Speculator, accept_greedy, accept_sampled, leading
 
 ARGS = ModelArgs(n_layer=3, dim=48, n_head=6, n_kv_head=2, head_dim=16, intermediate_size=64, vocab_size=90, norm_eps=1e-5,
@@ -119,6 +120,21 @@ def test_greedy_tokens_are_those_of_dense_decoding(model, noisy, drafter, k, pro
     # all tokens but the first of each are accounted for; the last round of a sequence may have dropped some
     given = sum((n + 1) * times for n, times in enumerate(report["accepted_histogram"]))
     assert 49 * len(prompts) <= given <= (49 + k) * len(prompts)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantised_weights(mode: str) -> None:
+    model = random_transformer(dataclasses.replace(ARGS, dim=64), 0)
+    swapped = Transformer(model.args).eval().requires_grad_(False)
+    swap_linears(swapped, Quantization(mode))
+    for name, layer in swapped.named_modules():
+        if isinstance(layer, Int8Linear | Int4Linear):
+            weight = model.get_submodule(name).weight
+            parts = quantize_int8(weight) if isinstance(layer, Int8Linear) else quantize_int4(weight, 32)
+            for part, value in zip(("weight", "scale", "zero"), parts, strict=False):
+                getattr(layer, part).copy_(value)
+    expected = [dense_greedy(swapped, ids, 30) for ids in PROMPTS]
+    assert run(speculator_for(swapped, "self", len(PROMPTS), 3), PROMPTS, 30) == expected
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
