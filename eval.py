@@ -204,7 +204,7 @@ def likelihood(logits: Tensor, ids: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ perplexity
 
 def ppl(options: argparse.Namespace) -> Iterator[dict]:
-    """Rows of results/quality_ppl.json: the perplexity ratio to dense of each run over all texts, and text by text."""
+    """Rows of results/quality_ppl*.json: the perplexity ratio to dense of each run over all texts, and text by text."""
     judge = Judge(options, len(options.data))
     texts = judge.texts()
     judge.prepare()
@@ -349,7 +349,7 @@ def workers() -> Iterator[ThreadPoolExecutor]:
 
 
 def needles(options: argparse.Namespace) -> Iterator[dict]:
-    """Rows of results/quality_needles.json: one per task, method and budget."""
+    """Rows of results/quality_needles*.json: one per task, method and budget."""
     judge = Judge(options, options.samples)
     with workers() as pool:
         made = {task: pool.map(functools.partial(make_question, judge, task, judge.context), range(options.samples))

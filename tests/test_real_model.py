@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from checkpoint import load_model
 from decode import Decoder, Sampling, prefill
@@ -55,3 +56,14 @@ def test_signatures_were_not_trained_on_the_evaluated_texts():
                                load_model(CHECKPOINT, "meta", torch.float32).fingerprint())
     evaluated = json.loads((ROOT / "results" / "quality_ppl.json").read_text())["rows"][0]["per_text"]
     assert not {Path(name).stem for name in about["data"]} & {*evaluated, BOOK.stem}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "weights").glob("*.safetensors")), ids=lambda path: path.stem)
+def test_shipped_signatures_say_how_they_came_to_be(path: Path):
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["hashfast"])
+    assert path.stem.startswith(("smollm2-135m-instruct", "qwen2.5-coder-"))
+    assert {"recipe", "steps", "context", "seed", "data", "held_out", "environment"} <= about.keys()
+    evaluated = {name for result in (ROOT / "results").glob("quality_ppl*.json")
+                 for name in json.loads(result.read_text())["rows"][0]["per_text"]}
+    assert len(evaluated) == 6 and not {Path(name).stem for name in about["data"]} & evaluated
