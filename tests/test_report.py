@@ -104,7 +104,7 @@ def test_summary(results, tmp_path: Path) -> None:
                     for changed in ({"selector": "dense", "recipe": None, "ratio": 1, "exact": 4}, {}, other | {"exact": 0})],
     }.items():
         folder = results(name, rows)
-    lines = [[cell.strip() for cell in line.split("|")[1:-2]] for line in summary(folder, tmp_path).splitlines()[2:]]
+    lines = [[cell.strip() for cell in line.split("|")[1:-2]] for line in summary(folder, tmp_path).splitlines()[2:-2]]
     assert lines == [
         ["attention of a layer, 1 x 32K, 1/32", "50 us (cudnn, 4000 GB/s)", "20.0 us", "2.0 us", "2.5x"],
         ["a token, m, 1 x 32K, 1/32", "8.00 ms", "3.20 ms", "4.00 ms", "2.50x"],
@@ -112,6 +112,7 @@ def test_summary(results, tmp_path: Path) -> None:
         ["perplexity, m, 512 of 8K tokens", "1", "1.250", "-", "-"],
         ["right answers, m, 512 of 8K tokens: single, multi key, all tasks", "4/4, -, 8/8", "3/4, -, 6/8", "-", "-"]]
     assert "[decode_here.json](results/decode_here.json)" in summary(folder, tmp_path)
+    assert summary(folder, tmp_path).endswith("\n\nA GPU, torch 2.0, Triton 3.0.")
     assert "FlashDecode; A100, 1/32 | 3.0x to 3.0x, of FlashDecode |" in claims(folder)
     assert "| 2.5x to 2.5x, of our own dense steps |" in claims(folder)
 
