@@ -170,6 +170,15 @@ def grid_table(rows: list[dict]) -> str:
     return markdown(["chosen by", "tokens read", *(f"{tokens(context)} context" for context in contexts)], lines)
 
 
+def ablations_table(rows: list[dict]) -> str:
+    kinds = [name for name in rows[0] if name.startswith("mass_")]
+    ratios = list(dict.fromkeys(row["ratio"] for row in rows))
+    lines = [[runs[0]["name"], fixed(runs[0].get("bytes_per_token"), 0),
+              *(fixed(row[kind], 3) for kind in kinds for row in runs)] for runs in by(rows, lambda row: row["name"])]
+    names = [f"{kind.removeprefix('mass_')} 1/{ratio}" for kind in kinds for ratio in ratios]
+    return markdown(["choice", "bytes", *names], lines)
+
+
 def quickstart_table(rows: list[dict]) -> str:
     return markdown(["device", "attention", "prompt tokens", "tokens read", "tok/s", "dense's choice", "perplexity ratio"],
                     ([row["device"], row["attention"], str(row["prompt_tokens"]),
@@ -287,6 +296,9 @@ TABLES = {
                      "dense attention, negative log-likelihood per token (paired 95 % intervals are in the rows). *Bytes*: "
                      "what is read to choose, per token of the cache, layer and KV head.", needles_table),
     "grid": Table("needle_grid*.json", "**One needle at every depth**, right answers of documents, real weights.", grid_table),
+    "ablations": Table("ablations*.json", "**What each choice of the method is worth**: attention mass caught on sequences "
+                       "kept out of training, one choice changed at a time. *Bytes*: of signatures, per token and KV head.",
+                       ablations_table),
     "quickstart": Table("quickstart*.json", "**The quickstart's prompt**, real weights.", quickstart_table),
 }
 

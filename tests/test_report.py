@@ -36,6 +36,8 @@ ROWS = {  # table: its rows, and cells that must come of them
                  JUDGED | {"task": "uuids", "selector": "hash_turns", "share": "query"}],
                 ["3/4 (+0.25)", "4/4 (+0.25)", "7/8", "4", "hash turns (listwise, 32 bit, one per query head)"]),
     "grid": ([JUDGED | {"depth": depth} for depth in (0, 50)], ["1/16", "6/8"]),
+    "ablations": ([{"name": "64 bits", "bytes_per_token": 8.0, "ratio": ratio, "mass_books": 0.5 + ratio / 64,
+                    "mass_needles": 0.25} for ratio in (16, 32)], ["64 bits", "8", "0.750", "1.000", "0.250"]),
     "quickstart": ([{"device": "cpu", "attention": "hash", "prompt_tokens": 6000, "budget": 384, "decode_tok_s": 20.0,
                      "agreement": 0.9, "perplexity_ratio": 1.01}], ["384", "20.0", "0.900", "1.010"]),
 }
