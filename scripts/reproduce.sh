@@ -107,6 +107,8 @@ quality() {
     run scripts/fetch_quickstart.py
     run eval.py ppl --checkpoint_path $small --signatures weights/smollm2-135m-instruct.safetensors --data "$BOOKS"/*.txt \
         --context 8192 --last 512 --ratios 16 32 --compile --json "$RESULTS/quality_ppl.json"
+    run eval.py recall --checkpoint_path $small --signatures weights/smollm2-135m-instruct.safetensors --data "$BOOKS"/*.txt \
+        --context 4096 --last 16 --selector hash oracle_group quest lsh streaming --ratios 16 --json "$RESULTS/recall.json"
     run scripts/ablations.py --checkpoint_path $small --data "$BOOKS"/*.txt --context 2048 --sink 4 --recent 12 \
         --sequences 12 --steps 150 --layers 4 14 24 --json "$RESULTS/ablations.json"
     if [ -z "$MODEL" ]; then
