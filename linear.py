@@ -1,14 +1,15 @@
 """Linear layers of a decode step together with the norm before and the activation or residual after them.
 
-Plain PyTorch on a CPU, for prompts, and for layers that are divided among ranks; one Triton kernel each for a step of one
-sequence on a GPU (linear_kernels.py, of quantised weights quant_kernels.py). More rows go to cuBLAS, which was faster in whole
-steps (results/NOTES.md), or to the tensor core kernels of quant_kernels.py.
+Plain PyTorch on a CPU, for prompts, and for float32; one Triton kernel each for a step of few rows in bfloat16 on a GPU
+(linear_kernels.py). Quantised layers have their own (quant_kernels.py), with what stands around the product for one row alone.
 
 Symbols: K inputs, N outputs.
 """
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+KERNEL_ROWS = 16  # rows that the kernels take
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -39,12 +40,13 @@ def _after(out: Tensor, residual: Tensor | None, gated: bool) -> Tensor:
 
 def linear(x: Tensor, layer: nn.Module, norm: nn.Module | None = None, residual: Tensor | None = None,
            gated: bool = False) -> Tensor:
-    """`linear_reference` of a layer and the RMSNorm before it, by one kernel where x is one row on a GPU."""
-    if x.is_cuda and x.numel() == x.shape[-1]:
+    """`linear_reference` of a layer and the RMSNorm before it, by one kernel where there is one."""
+    K = x.shape[-1]
+    if x.is_cuda and x.numel() <= KERNEL_ROWS * K:
         around = (*((norm.weight, norm.eps) if norm is not None else (None, 0.0)), residual, gated)
-        if type(layer) is nn.Linear:
+        if type(layer) is nn.Linear and x.dtype == torch.bfloat16 and K % 8 == 0 and not (gated and layer.bias is not None):
             import linear_kernels
             return linear_kernels.linear(x, layer.weight, layer.bias, *around)
-        if getattr(layer, "has_row_kernel", False):  # quant_linear.py
+        if x.numel() == K and getattr(layer, "has_row_kernel", False):  # quant_linear.py
             return layer.row(x, *around)
     return _after(layer(x if norm is None else norm(x)), residual, gated)

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linear import KERNEL_ROWS  # more rows are multiplied by a dequantised copy
+
 GROUPSIZES = (32, 64, 128, 256)
-KERNEL_ROWS = 16  # rows that the kernels take; more are multiplied by a dequantised copy
 ROWS_AT_ONCE = 4096  # outputs quantised together, which bounds the float32 copies
 
 

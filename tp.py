@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from common import UserError, run_command
 from hash_attention import HashEncoder
+from linear import linear
 from model import ModelArgs, SparseSettings, Transformer
 
 _group: str | None = None  # name of the process group; None in a process of its own
@@ -187,12 +188,12 @@ def _(x: Tensor) -> Tensor:
 class RowParallel(nn.Module):
     """A linear layer whose inputs are divided among the ranks: x [..., in / N] -> [..., out], the sum over the ranks."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.linear = linear
+        self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return all_reduce(self.linear(x))
+        return all_reduce(linear(x, self.layer))
 
 
 class ShardedEmbedding(nn.Module):
@@ -212,12 +213,12 @@ class ShardedEmbedding(nn.Module):
 class ShardedOutput(nn.Module):
     """Logits of a rank's R tokens, gathered: x [B, T, d] -> [B, T, vocab]. The last rank's rows may go past the vocabulary."""
 
-    def __init__(self, linear: nn.Module, vocab_size: int) -> None:
+    def __init__(self, layer: nn.Module, vocab_size: int) -> None:
         super().__init__()
-        self.linear, self.vocab_size = linear, vocab_size
+        self.layer, self.vocab_size = layer, vocab_size
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = all_gather(self.linear(x))  # [N, B, T, R]
+        logits = all_gather(linear(x, self.layer))  # [N, B, T, R]
         return logits.movedim(0, -2).flatten(-2)[..., :self.vocab_size]
 
 

@@ -181,7 +181,7 @@ def test_the_runs_differ_where_they_should(alone: dict) -> None:
 def test_shards_make_up_the_tensors(name: str, ranks: dict, alone: dict) -> None:
     widths = [4 * 8, 2 * 8, 2 * 8] if name == "llama" else [6 * 64, 2 * 64, 2 * 64]  # of q, k and v
     vocab_size = 259 if name == "llama" else 101
-    parameters = [{key.replace(".linear.", "."): value for key, value in rank.items() if key.startswith("parameter ")}
+    parameters = [{key.replace(".layer.", "."): value for key, value in rank.items() if key.startswith("parameter ")}
                   for rank in ranks[name]]  # a row-parallel layer wraps a plain one
     whole = {key: value for key, value in alone[name].items() if key.startswith("parameter ")}
     assert parameters[0].keys() == parameters[1].keys() == whole.keys()
