@@ -88,7 +88,7 @@ class SparseSettings:
 
 
 class KVCache(nn.Module):
-    """Static buffers of one layer: k, v [B, Hkv, S, D] and, with an encoder, signatures int32 [B, Hs, S, W]."""
+    """Static buffers of one layer: k, v [B, Hkv, S, D] and, with an encoder, signatures int32 [B, Hs, S rounded up, W]."""
 
     def __init__(self, batch: int, length: int, args: ModelArgs, encoder: HashEncoder | None, device: torch.device,
                  dtype: torch.dtype) -> None:
@@ -98,7 +98,8 @@ class KVCache(nn.Module):
         self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
         signatures = None
         if encoder is not None:
-            shape = (batch, encoder.n_signature_head, length, encoder.config.words)
+            # rounded up: where rows do not begin on 64 bytes, signatures are loaded one by one, which takes twice the time
+            shape = (batch, encoder.n_signature_head, length + -length % 16, encoder.config.words)
             signatures = torch.zeros(shape, device=device, dtype=torch.int32)
         self.register_buffer("signatures", signatures, persistent=False)
 
