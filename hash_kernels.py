@@ -576,6 +576,16 @@ def _launch_select(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget:
     return _launch_compact(*scored, seq_lens, limits, signatures.shape[1], chunk, step, compact_warps)
 
 
+def _readable(signatures: Tensor) -> int:
+    """Tokens of a row [B, Hs, S, W] that a load may touch: where memory goes on, S rounded up, so that its mask does not keep
+    loads from being wide."""
+    S = signatures.shape[2]
+    rounded = S + -S % 16
+    last = sum((size - 1) * stride for size, stride in zip(signatures.shape, signatures.stride(), strict=True))
+    end = signatures.storage_offset() + last + (rounded - S) * signatures.stride(2)
+    return rounded if end < signatures.untyped_storage().nbytes() // 4 else S
+
+
 def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: tuple, shift: int, chunk: int, n_blocks: int,
                   levels: int, num_warps: int) -> tuple[Tensor, Tensor]:
     """-> ranks uint8 [B * Hs, S rounded up] and counts int32 [B * Hs, n_blocks, levels].
@@ -587,7 +597,8 @@ def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: 
     ranks = torch.empty((B * HEADS, ranks_row), dtype=torch.uint8, device=planes.device)
     counts = torch.empty((B * HEADS, n_blocks, levels), dtype=torch.int32, device=planes.device)
     _score_kernel[(n_blocks, B * HEADS)](
-        planes.contiguous(), checked_rows(signatures), seq_lens, ranks, counts, *limits, S, *signatures.stride()[:3], ranks_row,
+        planes.contiguous(), checked_rows(signatures), seq_lens, ranks, counts, *limits, _readable(signatures),
+        *signatures.stride()[:3], ranks_row,
         HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=shift, BINS=NUM_BINS, PER_HEAD=limits[0] is not None, CHUNK=chunk,
         LEVELS=levels, EARLY=limits[4] >= 1, num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
     return ranks, counts

@@ -88,7 +88,7 @@ class SparseSettings:
 
 
 class KVCache(nn.Module):
-    """Static buffers of one layer: k, v [B, Hkv, S, D] and, with an encoder, signatures int32 [B, Hs, S rounded up, W]."""
+    """Static buffers of one layer: k, v [B, Hkv, S, D] and, with an encoder, signatures int32 [B, Hs, S, W]."""
 
     def __init__(self, batch: int, length: int, args: ModelArgs, encoder: HashEncoder | None, device: torch.device,
                  dtype: torch.dtype) -> None:
@@ -98,9 +98,9 @@ class KVCache(nn.Module):
         self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
         signatures = None
         if encoder is not None:
-            # rounded up: where rows do not begin on 64 bytes, signatures are loaded one by one, which takes twice the time
+            # a row of whole 64 bytes in memory: otherwise signatures are loaded one by one, which takes twice the time
             shape = (batch, encoder.n_signature_head, length + -length % 16, encoder.config.words)
-            signatures = torch.zeros(shape, device=device, dtype=torch.int32)
+            signatures = torch.zeros(shape, device=device, dtype=torch.int32)[:, :, :length]
         self.register_buffer("signatures", signatures, persistent=False)
 
     def rows(self) -> list[Tensor]:
