@@ -55,8 +55,6 @@ def _select_parameters(rows: int, S: int) -> dict[str, int]:
             "compact_warps": compact_warps}
 
 
-PREFETCH_BYTES = 2 ** 25  # signatures of a layer that fit into the L2 cache beside what else passes through it
-
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 DEPENDENT_LAUNCH = not triton.knobs.runtime.interpret and torch.cuda.get_device_capability() >= (9, 0)
 _WAITS = tl.constexpr(DEPENDENT_LAUNCH)
@@ -121,26 +119,16 @@ def _pack(bits, WORDS: tl.constexpr):
     return tl.sum(words << tl.arange(0, 32)[None, :], axis=1)
 
 
-_PREFETCH = tl.constexpr("{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0; "
-                         "@first cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }")
-
-
-@triton.jit
-def _prefetch(rows, size):
-    """Ask the L2 cache for `size` bytes from rows on; both are multiples of 16."""
-    tl.inline_asm_elementwise(_PREFETCH, "=r,l,r", [rows.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1)
-
-
 @triton.jit
 def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight, query_bias, seq_lens, q_out, planes,
                                k_cache, v_cache, signatures, T, k_b, k_h, k_s, v_b, v_h, v_s, x_b, x_h, x_s,
                                HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
                                WORDS: tl.constexpr, P: tl.constexpr, SIGNS: tl.constexpr, KEYS: tl.constexpr,
-                               QUERIES: tl.constexpr, EARLY: tl.constexpr, PREFETCH: tl.constexpr):
+                               QUERIES: tl.constexpr, EARLY: tl.constexpr):
     """One signature head (or KV head without signatures) of one new token: its G queries, and its key and value.
 
     qkv [B, T, Hq + 2 Hkv, D], cos and sin [B, T, D / 2]. SIGNS: query_bits is 1. KEYS, QUERIES: which of them to encode.
-    EARLY: load all weights while the kernel before still runs.  PREFETCH: bring the row's signatures into the L2 cache.
+    EARLY: load all weights while the kernel before still runs.
     """
     head = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
@@ -157,10 +145,6 @@ def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight
         query_weights = ()
         for g in tl.static_range(G):
             query_weights += (_weights(query_weight + (head * G + g) * (D * BITS), HALF, BLOCK, BITS),)
-    if PREFETCH:
-        size = tl.load(seq_lens + batch) * (4 * WORDS) // 16 * 16
-        if size > 0:
-            _prefetch(signatures + batch * x_b + head * x_h, size)
     after_previous()
     # all loads come before the first store, which they would otherwise have to wait for
     position = tl.load(seq_lens + batch).to(tl.int64) - T + t
@@ -232,9 +216,6 @@ def _rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, key_weight: Tenso
     HEADS, WORDS = (signatures.shape[1], signatures.shape[3]) if encode else (HKV, 1)
     q = torch.empty((B, T, HQ, D), dtype=qkv.dtype, device=qkv.device)
     planes = torch.empty((B, HEADS, 1 + P, WORDS), dtype=torch.int32, device=qkv.device)
-    # the next kernel reads them; this one and the end of the one before leave the memory idle
-    prefetch = (DEPENDENT_LAUNCH and encode and T == 1 and signatures.nbytes <= PREFETCH_BYTES
-                and signatures.data_ptr() % 16 == 0 and all(stride % 4 == 0 for stride in signatures.stride()[:2]))
     # with 8 warps that many weights take half of the registers
     early = encode and T == 1 and (1 + HQ // HEADS) * D * 32 * WORDS <= 2 ** 15
     _rope_encode_append_kernel[(HEADS, B, T)](
@@ -243,8 +224,7 @@ def _rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, key_weight: Tenso
         checked_rows(k_cache), checked_rows(v_cache), signatures, T, *k_cache.stride()[:3], *v_cache.stride()[:3],
         *(signatures.stride()[:3] if encode else (0, 0, 0)),
         HQ=HQ, HKV=HKV, HEADS=HEADS, D=D, BLOCK=triton.next_power_of_2(D // 2), WORDS=WORDS, P=P, SIGNS=query_bits == 1,
-        KEYS=encode, QUERIES=encode and T == 1, EARLY=early, PREFETCH=prefetch,
-        num_warps=8 if encode else 4, launch_pdl=DEPENDENT_LAUNCH)
+        KEYS=encode, QUERIES=encode and T == 1, EARLY=early, num_warps=8 if encode else 4, launch_pdl=DEPENDENT_LAUNCH)
     return q, planes
 
 
