@@ -557,8 +557,7 @@ def _launch_select(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget:
 
 
 def _readable(signatures: Tensor) -> int:
-    """Tokens of a row [B, Hs, S, W] that a load may touch: where memory goes on, S rounded up, so that its mask does not keep
-    loads from being wide."""
+    """Tokens of a row that a load may touch: S rounded up where memory goes on, as masks at odd places keep loads narrow."""
     S = signatures.shape[2]
     rounded = S + -S % 16
     last = sum((size - 1) * stride for size, stride in zip(signatures.shape, signatures.stride(), strict=True))
@@ -578,9 +577,9 @@ def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: 
     counts = torch.empty((B * HEADS, n_blocks, levels), dtype=torch.int32, device=planes.device)
     _score_kernel[(n_blocks, B * HEADS)](
         planes.contiguous(), checked_rows(signatures), seq_lens, ranks, counts, *limits, _readable(signatures),
-        *signatures.stride()[:3], ranks_row,
-        HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=shift, BINS=NUM_BINS, PER_HEAD=limits[0] is not None, CHUNK=chunk,
-        LEVELS=levels, EARLY=limits[4] >= 1, num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
+        *signatures.stride()[:3], ranks_row, HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=shift, BINS=NUM_BINS,
+        PER_HEAD=limits[0] is not None, CHUNK=chunk, LEVELS=levels, EARLY=limits[4] >= 1, num_warps=num_warps,
+        launch_pdl=DEPENDENT_LAUNCH)
     return ranks, counts
 
 

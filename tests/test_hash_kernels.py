@@ -225,6 +225,18 @@ def test_select_ignores_what_lies_past_the_length():
     assert torch.equal(before, kernels.select_tokens(planes, signatures, seq_lens, 64, 4, 4, 64, 0))
 
 
+def test_select_in_rows_that_memory_goes_past():
+    """As a cache's rows are, whole 64 bytes whatever its length; what follows there is read and never chosen."""
+    planes = random_planes(HashConfig(), 2, 2, 2)
+    rows = random_signatures(2, 2, 704, 1)
+    for S, readable in ((700, 704), (689, 704), (688, 688), (704, 704)):
+        signatures = rows[:, :, :S]
+        assert kernels._readable(signatures) == readable
+        check_select(planes, signatures, lengths(S, 300), 150, 5, 20, 150, 0)
+    assert kernels._readable(rows[:, :, 4:701]) == 697  # rounded up, it would end after the last row
+    check_select(planes, rows[:, :, 4:701], lengths(697, 300), 150, 5, 20, 150, 0)
+
+
 # ---------------------------------------------------------------------------------------------------------- attend: sparse
 
 def random_indices(B: int, Hs: int, K: int, S: int, unused: float = 0.2) -> torch.Tensor:
