@@ -1,6 +1,6 @@
 """Linear layers of a decode step together with the norm before and the activation or residual after them.
 
-Plain PyTorch on a CPU, for prompts, and for float32; one Triton kernel each for a step of few rows in bfloat16 on a GPU
+Plain PyTorch on a CPU, for prompts, and for other dtypes; one Triton kernel each for a step of few rows in bfloat16 on a GPU
 (linear_kernels.py). Quantised layers have their own (quant_kernels.py), with what stands around the product for one row alone.
 
 Symbols: K inputs, N outputs.
@@ -44,7 +44,7 @@ def linear(x: Tensor, layer: nn.Module, norm: nn.Module | None = None, residual:
     K = x.shape[-1]
     if x.is_cuda and x.numel() <= KERNEL_ROWS * K:
         around = (*((norm.weight, norm.eps) if norm is not None else (None, 0.0)), residual, gated)
-        if type(layer) is nn.Linear and x.dtype == torch.bfloat16 and K % 8 == 0 and not (gated and layer.bias is not None):
+        if type(layer) is nn.Linear and x.dtype == torch.bfloat16 and K % 8 == 0:
             import linear_kernels
             return linear_kernels.linear(x, layer.weight, layer.bias, *around)
         if x.numel() == K and getattr(layer, "has_row_kernel", False):  # quant_linear.py
