@@ -16,21 +16,30 @@ from hash_kernels import DEPENDENT_LAUNCH, after_previous, checked_rows, splits_
 
 # ------------------------------------------------------------------------------------------------------ launch parameters
 
-# Chosen by measurement on an H200 (132 multiprocessors); a GPU with fewer fills up as well.
+# Chosen by measurement on an H100 (132 multiprocessors) amid the other kernels of a step; a GPU with fewer fills up as well.
+# What stands around counts: dense programs that took more than 48 KB of shared memory left the products after them
+# (linear_kernels.py) with less L1 cache than they need.
 
 def _sparse_parameters(rows: int, K: int, element_size: int) -> dict[str, int]:
     block_k = 64 if element_size <= 2 else 32
-    return {"block_k": block_k, "n_splits": splits_per_row(264, rows, triton.cdiv(K, block_k)), "num_warps": 2, "num_stages": 3}
+    tiles = triton.cdiv(K, block_k)
+    many = rows * tiles > 512
+    return {"block_k": block_k, "n_splits": splits_per_row(512 if many else 256, rows, tiles), "num_warps": 2,
+            "num_stages": 2 if many else 3}
 
 
 def _dense_parameters(rows: int, M: int, S: int, element_size: int) -> dict[str, int]:
     """M = G * T queries per KV head."""
     wide = element_size <= 2
     block_m = min(max(16, triton.next_power_of_2(M)), 128 if wide else 32)
-    block_n = 64 if wide else 32
-    n_splits = splits_per_row(264, rows * triton.cdiv(M, block_m), triton.cdiv(S, block_n))
-    return {"block_m": block_m, "block_n": block_n, "n_splits": n_splits,
-            "num_warps": 8 if block_m == 128 else 4, "num_stages": 3 if wide else 2}
+    if block_m == 128:
+        block_n, programs, num_warps, num_stages = 64, 256, 8, 3
+    elif block_m == 64:
+        block_n, programs, num_warps, num_stages = 32, 256, 4, 2
+    else:
+        block_n, programs, num_warps, num_stages = 32, 512, 2 if wide else 4, 2
+    n_splits = splits_per_row(programs, rows * triton.cdiv(M, block_m), triton.cdiv(S, block_n))
+    return {"block_m": block_m, "block_n": block_n, "n_splits": n_splits, "num_warps": num_warps, "num_stages": num_stages}
 
 
 # ----------------------------------------------------------------------------------------------------- attend: shared parts
@@ -111,7 +120,8 @@ def _combine(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, n_s
         return
     rows, D, BLOCK_D = lse.numel(), out.shape[-1], triton.next_power_of_2(out.shape[-1])
     splits = min(triton.next_power_of_2(n_splits), 4096 // BLOCK_D)
-    _combine_kernel[(rows,)](partial, partial_lse, out, lse, n_splits, D=D, BLOCK_D=BLOCK_D, SPLITS=splits, num_warps=4,
+    # one warp: several would have to wait for each other's sums
+    _combine_kernel[(rows,)](partial, partial_lse, out, lse, n_splits, D=D, BLOCK_D=BLOCK_D, SPLITS=splits, num_warps=1,
                              launch_pdl=DEPENDENT_LAUNCH)
 
 

@@ -96,24 +96,29 @@ class Decoder:
         self.active = torch.ones_like(self.seq_lens)
         self.stop_ids = torch.tensor(sorted(stop_ids) or [-1], device=device)  # -1 is no token
         self.block: Callable = TransformerBlock.forward
-        self.stem, self.head = model.stem, self._head
+        self.stem, self.head = self._stem, self._head
         if compiled:  # one block is compiled and serves all layers; the stem and the head are small
             self.block, self.stem, self.head = compile_parts(device, self.block, self.stem, self.head)
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def _head(self, x: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Both change the step's state themselves: copies made outside of what is compiled would be kernels of their own.
+
+    def _stem(self, token: Tensor, seq_lens: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        seq_lens += active
+        return self.model.stem(token, seq_lens)
+
+    def _head(self, x: Tensor, token: Tensor, active: Tensor) -> Tensor:
         logits = self.model.logits(x)[:, -1]
         ended = (token == self.stop_ids).any(dim=-1, keepdim=True)  # [B, 1]
-        return logits, torch.where(ended, token, sample(logits, self.sampling)[:, None]), 1 - ended[:, 0].int()
+        token.copy_(torch.where(ended, token, sample(logits, self.sampling)[:, None]))
+        active.copy_(1 - ended[:, 0].int())
+        return logits
 
     def _step(self) -> None:
-        self.seq_lens += self.active
-        x, cos, sin = self.stem(self.token, self.seq_lens)
+        x, cos, sin = self.stem(self.token, self.seq_lens, self.active)
         for layer in self.model.layers:
             x = self.block(layer, x, cos, sin, self.seq_lens)
-        self.logits, chosen, active = self.head(x, self.token)
-        self.token.copy_(chosen)
-        self.active.copy_(active)
+        self.logits = self.head(x, self.token, self.active)
 
     @torch.inference_mode()
     def prepare(self) -> float:

@@ -28,7 +28,7 @@ from torch import Tensor
 import tp
 from checkpoint import load_model
 from common import UserError
-from decode import Decoder, capture, compile_parts, draw, prefill, probabilities
+from decode import Decoder, capture, compile_parts, draw, largest, prefill, probabilities
 from model import SparseSettings, Transformer
 from tokenizer import Tokenizer
 
@@ -117,7 +117,7 @@ class Speculator:
         """Hidden states [B, T, d] -> the next token int64 [B, 1] and what it was drawn from [B, vocab] (greedy: None)."""
         logits = self.draft.logits(x[:, -1])
         if self.target.sampling.greedy:
-            return logits.argmax(dim=-1, keepdim=True), None
+            return largest(logits)[:, None], None
         q = probabilities(logits, self.target.sampling)
         return draw(q)[:, None], q
 
@@ -146,7 +146,7 @@ class Speculator:
         """-> the next recent, seq_lens and left, and the outcome. A sequence ends with an end token or with none left."""
         logits, drafts = self.target.model.logits(x), torch.cat(drafted, dim=1)  # [B, k + 1, vocab], [B, k]
         if self.target.sampling.greedy:
-            accepted, following = accept_greedy(logits.argmax(dim=-1), drafts)
+            accepted, following = accept_greedy(largest(logits), drafts)
         else:
             accepted, following = accept_sampled(probabilities(logits, self.target.sampling), torch.stack(drawn_from, dim=1),
                                                  drafts)
