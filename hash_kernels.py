@@ -20,7 +20,7 @@ from hash_attention import NUM_BINS, HashEncoder
 
 # ------------------------------------------------------------------------------------------------------ launch parameters
 
-# Chosen by measurement on an H200 (132 multiprocessors); a GPU with fewer fills up as well.
+# Chosen by measurement on an H100 and an H200 (132 multiprocessors); a GPU with fewer fills up as well.
 
 def splits_per_row(programs: int, rows: int, tiles: int) -> int:
     """Programs per row so that all rows have about `programs` together and each has a tile of work."""
@@ -37,22 +37,19 @@ def _select_parameters(rows: int, S: int) -> dict[str, int]:
 
     levels: of the first count, see `_COARSE`.
     """
-    if rows * S <= 2 ** 18:
-        programs, chunk, levels, compact_warps = 264, 1024, NUM_BINS, 1
-    elif rows * S <= 2 ** 20:
-        programs, chunk, levels, compact_warps = 528, 2048, NUM_BINS, 2
+    if rows * S <= 2 ** 19:
+        programs, chunk, levels = 264, 1024, NUM_BINS
     elif rows * S <= 2 ** 21:
-        programs, chunk, levels, compact_warps = 528, 1024, _COARSE.value, 1
+        programs, chunk, levels = 528, 1024, _COARSE.value
     elif rows * S <= 2 ** 23:
-        programs, chunk, levels, compact_warps = 1056, 2048, _COARSE.value, 2
+        programs, chunk, levels = 1056, 2048, _COARSE.value
     else:
-        programs, chunk, levels, compact_warps = 2112, 2048, _COARSE.value, 1
+        programs, chunk, levels = 2112, 2048, _COARSE.value
     n_blocks = splits_per_row(programs, rows, triton.cdiv(S, chunk))
     if levels == NUM_BINS:
         n_blocks = min(n_blocks, 64)  # every program of the last kernel reads the counts of all blocks
     n_blocks = max(n_blocks, triton.cdiv(S, 255 * chunk))  # counters of one byte
-    return {"chunk": chunk, "step": chunk, "n_blocks": n_blocks, "levels": levels, "score_warps": 4,
-            "compact_warps": compact_warps}
+    return {"chunk": chunk, "step": chunk, "n_blocks": n_blocks, "levels": levels, "score_warps": 4, "compact_warps": 1}
 
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
