@@ -253,13 +253,16 @@ def summary(folder: Path, base: Path) -> str:
         for path in sorted(folder.glob(TABLES[name].files)):
             link = Path(os.path.relpath(path, base)).as_posix()
             result = read_results(path)
-            machine = f"{result['gpu']}, torch {result['torch']}, Triton {result['triton']}"
-            machines.setdefault(machine, set()).update({result["date"]} if "date" in result else ())
             rows = [row for row in result["rows"] if row.get("ranks", 1) == 1]
-            for line in told(path, name, summary_lines, name, rows):  # a shape of both decode and latency stands there once
+            own = told(path, name, summary_lines, name, rows)
+            for line in own:  # a shape of both decode and latency stands there once
                 lines.setdefault((line[0], result["gpu"]), [*line, f"[{path.name}]({link})"])
+            if own:
+                machine = f"{result['gpu']}, torch {result['torch']}, Triton {result['triton']}"
+                machines.setdefault(machine, set()).update({result["date"]} if "date" in result else ())
     table = markdown(["measured", "dense", "hash", "floor of hash", "hash is", "rows and command"], lines.values())
-    where = "; ".join(f"{machine}, {min(days)} to {max(days)}" if days else machine for machine, days in machines.items())
+    where = "; ".join(", ".join([machine, " to ".join(sorted({min(days), max(days)}))] if days else [machine])
+                      for machine, days in machines.items())
     return f"{table}\n\n{where}." if lines else ""
 
 

@@ -22,8 +22,8 @@ export HASHFAST_COMMIT
 PYTHON=${PYTHON:-.venv/bin/python}
 RESULTS=${RESULTS:-results}
 gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null || true)
-name=$(head -n 1 <<<"$gpus" | sed 's/^NVIDIA //' | tr 'A-Z ' 'a-z-')
-name=${name:-gpu} # h200
+name=$(head -n 1 <<<"$gpus" | sed -E 's/^NVIDIA //; s/ [0-9]+GB.*//' | tr 'A-Z ' 'a-z-')
+name=${name:-gpu} # h200, and of "NVIDIA H100 80GB HBM3" h100
 small=checkpoints/smollm2-135m-instruct
 MODEL=${MODEL:-}
 SIGNATURES=${SIGNATURES:-weights/$(basename "${MODEL:-none}").safetensors}

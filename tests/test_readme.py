@@ -144,15 +144,15 @@ def test_the_example_runs(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: py
 
 @pytest.fixture
 def reproduce(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """reproduce(part, NAME=value) runs the script with an `echo` in Python's place, on a machine of four H200s."""
+    """reproduce(part, NAME=value) runs the script with an `echo` in Python's place, on a machine of four GPUs."""
     smi = tmp_path / "bin" / "nvidia-smi"
     smi.parent.mkdir()
-    smi.write_text("#!/bin/sh\n" + 4 * "echo NVIDIA H200\n")
-    smi.chmod(smi.stat().st_mode | stat.S_IXUSR)
     plain = {name: value for name, value in os.environ.items() if name not in ("BOOKS", "TRAIN", "MODEL", "PROMPT", "DRAFT",
                                                                                 "RESULTS", "SIGNATURES")}
 
-    def run(*parts: str, **variables: object) -> subprocess.CompletedProcess:
+    def run(*parts: str, gpu: str = "NVIDIA H200", **variables: object) -> subprocess.CompletedProcess:
+        smi.write_text("#!/bin/sh\n" + 4 * f"echo {gpu}\n")
+        smi.chmod(smi.stat().st_mode | stat.S_IXUSR)
         path = f"{smi.parent}{os.pathsep}{os.environ['PATH']}"
         changed = {name: str(value) for name, value in variables.items()}
         return subprocess.run(["bash", ROOT / "scripts" / "reproduce.sh", *parts], capture_output=True, text=True, check=False,
@@ -172,6 +172,10 @@ def test_reproduce(reproduce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for words in lines:
         parse(monkeypatch, words)
     written = {words[words.index("--json") + 1] for words in lines if "--json" in words}
+    assert "results/raw/tp4_h200.json" in written
+    other = reproduce("all", gpu="NVIDIA H100 80GB HBM3", BOOKS=text.parent, TRAIN=text.parent).stdout
+    assert "results/raw/tp4_h100.json" in other
+    written |= set(re.findall(r"results/\w+\.json", other))
     for path in RESULTS:
         assert f"results/{path.name}" in written or path.name.startswith("quickstart"), f"nothing writes {path.name}"
     assert lines[-1] == ["bench.py", "report", "--write", "README.md", "results/README.md"]

@@ -115,6 +115,13 @@ def test_summary(results, tmp_path: Path) -> None:
         ["right answers, m, 512 of 8K tokens: single, multi key, all tasks", "4/4, -, 8/8", "3/4, -, 6/8", "-", "-"]]
     assert "[decode_here.json](results/decode_here.json)" in summary(folder, tmp_path)
     assert summary(folder, tmp_path).endswith("\n\nA GPU, torch 2.0, Triton 3.0.")
+    ranks = [STEP | {"ranks": 2}, STEP | {"ranks": 2, "attention": "hash", "sparsity": 32}]
+    (folder / "decode_ranks.json").write_text(json.dumps(ABOUT | {"gpu": "Two GPUs", "rows": ranks}))
+    assert "Two GPUs" not in summary(folder, tmp_path)  # no line is of theirs
+    results("attention", ROWS["attention"][0], date="2026-01-02")
+    assert summary(folder, tmp_path).endswith("\n\nA GPU, torch 2.0, Triton 3.0, 2026-01-02.")
+    results("decode", ROWS["decode"][0], date="2026-01-01")
+    assert summary(folder, tmp_path).endswith("\n\nA GPU, torch 2.0, Triton 3.0, 2026-01-01 to 2026-01-02.")
     assert "FlashDecode; A100, 1/32 | 3.0x to 3.0x, of FlashDecode |" in claims(folder)
     assert "| 2.5x to 2.5x, of our own dense steps |" in claims(folder)
 
