@@ -1,8 +1,7 @@
 """Linear layers of a decode step together with the norm before and the activation or residual after them.
 
 Plain PyTorch on a CPU, for prompts, and for other dtypes; one Triton kernel each for a step of few rows in bfloat16 on a GPU
-(linear_kernels.py). Quantised layers have their own, with what stands around the product for one row or two (quant_kernels.py,
-int4_kernels.py).
+(linear_kernels.py). Quantised layers have their own (quant_kernels.py), with what stands around the product for one row alone.
 
 Symbols: K inputs, N outputs.
 """
@@ -48,6 +47,6 @@ def linear(x: Tensor, layer: nn.Module, norm: nn.Module | None = None, residual:
         if type(layer) is nn.Linear and x.dtype == torch.bfloat16 and K % 8 == 0:
             import linear_kernels
             return linear_kernels.linear(x, layer.weight, layer.bias, *around)
-        if x.numel() <= getattr(layer, "fused_rows", 0) * K:  # quant_linear.py
-            return layer.fused(x, *around)
+        if x.numel() == K and getattr(layer, "has_row_kernel", False):  # quant_linear.py
+            return layer.row(x, *around)
     return _after(layer(x if norm is None else norm(x)), residual, gated)

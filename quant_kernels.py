@@ -1,11 +1,10 @@
 """Triton kernels of products with quantised weights. quant_linear.py holds the formats and the definitions (`*_reference`).
 
 int8_linear, int4_linear   1 to 16 rows: read the weights once, dequantise in registers    one kernel, or two where K is split
-int8_row                   one row, with the norm, gate and residual around it             one kernel
+int8_row, int4_row         one row, with the norm, gate and residual around it             one kernel
 dequantize_int4            the weights in full, for prompts                                one kernel
 
-int4_kernels.py has one or two rows of bfloat16 times int4. One row of int8 is a sum along each output's weights; more rows go
-through tensor cores. Integers become floats by their bits,
+One row is a sum along each output's weights; more rows go through tensor cores. Integers become floats by their bits,
 in inline assembly, for conversions would take longer than the weights' way. Neither uses atomics: the same input gives the same
 bits. Custom ops, as those of hash_kernels.py, which says what that is good for. Weights wait for no other kernel, so the first
 ones are on their way before the kernel before this one has finished.
@@ -26,6 +25,13 @@ def _int8_row_parameters(N: int, K: int) -> dict[str, int]:
     """block_n: rows of the weight that a program takes.  block_w: words of 4 inputs at a time, two a thread."""
     num_warps = min(8 if N <= 4096 else 4 if N <= 8192 else 2, triton.next_power_of_2(triton.cdiv(K, 256)))
     return {"block_n": 8 if N > 2048 else 2, "block_w": 64 * num_warps, "num_warps": num_warps}
+
+
+def _int4_row_parameters(N: int) -> dict[str, int]:
+    """block_u: blocks of 32 inputs at a time, one a thread."""
+    num_warps = 4 if N <= 4096 else 2 if N <= 8192 else 1
+    block_n = 2 if N <= 2048 else 8 if N <= 8192 else 16
+    return {"block_n": block_n, "block_u": 32 * num_warps, "num_warps": num_warps}
 
 
 def _int8_dot_parameters(N: int, K: int) -> dict[str, int]:
@@ -77,6 +83,35 @@ def _int8_mantissas(w):
             cvt.f32.f16 $2, x;
             cvt.f32.f16 $3, y;
             }""", "=&f,=&f,=&f,=&f,r", [w], dtype=(tl.float32,) * 4, is_pure=True, pack=1)
+
+
+@triton.jit
+def _int4_mantissas(w):
+    """int32 w -> its 4-bit integers q as eight float32, 1 + q / 256 and 1 + q / 16 in turn: in the mantissa of 1.0 at bit 15
+    or 19, so that one shift serves two."""
+    if INTERPRETED:
+        moved = w << 15, w << 7, w >> 1, w >> 9
+        values = ()
+        for i in tl.static_range(4):
+            values += (((moved[i] & (15 << 15)) | 0x3F800000).to(tl.float32, bitcast=True),)
+            values += (((moved[i] & (15 << 19)) | 0x3F800000).to(tl.float32, bitcast=True),)
+        return values
+    else:
+        return tl.inline_asm_elementwise("""{
+            .reg .b32 a;
+            shl.b32 a, $8, 15;
+            lop3.b32 $0, a, 0x078000, 0x3F800000, 0xEA;
+            lop3.b32 $1, a, 0x780000, 0x3F800000, 0xEA;
+            shl.b32 a, $8, 7;
+            lop3.b32 $2, a, 0x078000, 0x3F800000, 0xEA;
+            lop3.b32 $3, a, 0x780000, 0x3F800000, 0xEA;
+            shr.u32 a, $8, 1;
+            lop3.b32 $4, a, 0x078000, 0x3F800000, 0xEA;
+            lop3.b32 $5, a, 0x780000, 0x3F800000, 0xEA;
+            shr.u32 a, $8, 9;
+            lop3.b32 $6, a, 0x078000, 0x3F800000, 0xEA;
+            lop3.b32 $7, a, 0x780000, 0x3F800000, 0xEA;
+            }""", "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [w], dtype=(tl.float32,) * 8, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -171,6 +206,84 @@ def _int8_row_kernel(x, norm, weight, scale, bias, residual, out, eps, N: tl.con
         total += w3 * x3
         w = following
     value = s * tl.sum(total - 1152 * ones, axis=1)
+    if norm is not None:
+        value *= tl.rsqrt(tl.sum(squares) / K + eps)
+    _store_row(out, value + shift, added, N, GATED)
+
+
+@triton.jit
+def _sum_of_four(t):
+    """[rows, 4 blocks] -> [rows, blocks]: a block's four words, which one thread has."""
+    return tl.sum(tl.reshape(t, [t.shape[0], t.shape[1] // 4, 4]), axis=2)
+
+
+@triton.jit
+def _int4_row_kernel(x, norm, weight, scale, zero, bias, residual, out, eps, N: tl.constexpr, K: tl.constexpr,
+                     GROUPSIZE: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
+    """x [K], norm [K], weight [N, K / 8] or, GATED, [2 N, K / 8], bias [N or 2 N], residual [N] -> out [N]. A thread takes a
+    block of 32 inputs of BLOCK_N rows of the weight: four words, one group each.
+
+    Inputs times `_int4_mantissas` sum to x q plus what the ones add, which every output shares and sums begin without.
+    That costs 8 of float32's 24 bits: a relative error of a few 2^-16, below the rounding of the result in any narrower type.
+    Weights beyond the last are any number, and meet an input of 0.
+    """
+    words: tl.constexpr = K // 8
+    groups: tl.constexpr = K // GROUPSIZE
+    first_row, row = _rows(N, GATED, BLOCK_N)
+    word = tl.arange(0, 4 * BLOCK_U)[None, :]
+    weight += first_row * words
+    at = row[:, None] * words + word
+    x_at = word // 4 * 32 + word % 4
+    # [BLOCK_N, BLOCK_U] scales in one dimension, loaded one at a time: so each comes to the thread that has its block.
+    unit = tl.max_contiguous(tl.arange(0, BLOCK_N * BLOCK_U), 1)
+    scale_at = tl.reshape(tl.broadcast_to(row[:, None], [BLOCK_N, BLOCK_U]), [BLOCK_N * BLOCK_U]) * groups
+    unit = unit % BLOCK_U
+    scale += first_row * groups
+    zero += first_row * groups
+    w = tl.load(weight + at, mask=word < words)
+    group = scale_at + tl.minimum(unit // (GROUPSIZE // 32), groups - 1)
+    s = tl.load(scale + group)
+    z = tl.load(zero + group)
+    shift = 0.0
+    if bias is not None:
+        shift = tl.load(bias + first_row + row).to(tl.float32)
+    after_previous()
+    added = 0.0
+    if residual is not None:
+        n = _outputs_here(N, GATED, BLOCK_N)
+        added = tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
+    scaled = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
+    offset = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
+    squares = tl.zeros([1, 4 * BLOCK_U], tl.float32)
+    for first in range(0, words, 4 * BLOCK_U):
+        beyond = first + 4 * BLOCK_U
+        next_w = tl.load(weight + beyond + at, mask=beyond + word < words)
+        group = scale_at + tl.minimum((beyond // 4 + unit) // (GROUPSIZE // 32), groups - 1)
+        next_s = tl.load(scale + group)
+        next_z = tl.load(zero + group)
+        even = tl.zeros([1, 4 * BLOCK_U], tl.float32)
+        odd = tl.zeros([1, 4 * BLOCK_U], tl.float32)
+        inputs = ()
+        for i in tl.static_range(8):
+            place = 8 * first + 4 * i + x_at
+            value = tl.load(x + place, mask=first + word < words, other=0.0).to(tl.float32)
+            if norm is not None:
+                squares += value * value
+                value *= tl.load(norm + place, mask=first + word < words, other=0.0).to(tl.float32)
+            if i % 2 == 0:
+                value *= 16
+                even += value
+            else:
+                odd += value
+            inputs += (value,)
+        products = tl.broadcast_to(-even - odd, [BLOCK_N, 4 * BLOCK_U])
+        integers = _int4_mantissas(w)
+        for i in tl.static_range(8):
+            products += integers[i] * inputs[i]
+        scaled += tl.reshape(s, [BLOCK_N, BLOCK_U]).to(tl.float32) * _sum_of_four(products)
+        offset += tl.reshape(z, [BLOCK_N, BLOCK_U]).to(tl.float32) * _sum_of_four(even / 16 + odd)
+        w, s, z = next_w, next_s, next_z
+    value = tl.sum(16 * scaled + offset, axis=1)
     if norm is not None:
         value *= tl.rsqrt(tl.sum(squares) / K + eps)
     _store_row(out, value + shift, added, N, GATED)
@@ -363,12 +476,38 @@ def int4_linear(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tenso
 
 @torch.library.custom_op("hashfast::int4_linear", mutates_args=())
 def _int4_linear(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    return _launch_int4_dot(x, weight, scale, zero, **_int4_dot_parameters(len(weight), x.shape[1]))
+    M, K = x.shape
+    if M == 1:
+        return _launch_int4_row(x, weight, scale, zero, **_int4_row_parameters(len(weight)))
+    return _launch_int4_dot(x, weight, scale, zero, **_int4_dot_parameters(len(weight), K))
 
 
 @_int4_linear.register_fake
 def _(x, weight, scale, zero):
     return x.new_empty(len(x), len(weight))
+
+
+@torch.library.custom_op("hashfast::int4_row", mutates_args=())
+def int4_row(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float,
+             residual: Tensor | None, gated: bool) -> Tensor:
+    """`linear.linear_reference` of one row: x [1, .., K], int32 [N, K / 8] ([2 N, K / 8] where gated) -> [1, .., N]."""
+    return _launch_int4_row(x, weight, scale, zero, bias, norm, eps, residual, gated, **_int4_row_parameters(len(weight)))
+
+
+@int4_row.register_fake
+def _(x, weight, scale, zero, bias, norm, eps, residual, gated):
+    return _outputs(x, weight, gated)
+
+
+def _launch_int4_row(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None = None,
+                     norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None, gated: bool = False, *,
+                     block_n: int, block_u: int, num_warps: int) -> Tensor:
+    out, K = _outputs(x, weight, gated), x.shape[-1]
+    _int4_row_kernel[(triton.cdiv(len(weight), block_n),)](
+        x.contiguous(), norm, weight, scale, zero, bias, residual.contiguous() if residual is not None else None, out, eps,
+        out.shape[-1], K, GROUPSIZE=K // scale.shape[1], GATED=gated, BLOCK_N=block_n, BLOCK_U=block_u, num_warps=num_warps,
+        launch_pdl=DEPENDENT_LAUNCH)
+    return out
 
 
 def _launch_int4_dot(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, *, block_n: int, block_k: int, n_splits: int,

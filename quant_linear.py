@@ -115,7 +115,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
-        self.fused_rows = 1 if in_features % 4 == 0 else 0  # the kernel reads four weights as one word
+        self.has_row_kernel = in_features % 4 == 0  # which reads four weights as one word
         self.weight = _parameter(out_features, in_features, dtype=torch.int8)
         self.scale = _parameter(out_features)
         self.bias = _parameter(out_features) if bias else None
@@ -129,14 +129,16 @@ class Int8Linear(nn.Module):
             out = int8_linear_reference(rows, self.weight, self.scale)
         return _shaped(out, self.bias, x)
 
-    def fused(self, x: Tensor, norm: Tensor | None, eps: float, residual: Tensor | None, gated: bool) -> Tensor:
-        """`linear.linear_reference` of `fused_rows` rows on a GPU."""
+    def row(self, x: Tensor, norm: Tensor | None, eps: float, residual: Tensor | None, gated: bool) -> Tensor:
+        """`linear.linear_reference` of one row on a GPU."""
         import quant_kernels
         return quant_kernels.int8_row(x, self.weight, self.scale, self.bias, norm, eps, residual, gated)
 
 
 class Int4Linear(nn.Module):
     """nn.Linear with int4 weights. in_features is a multiple of groupsize."""
+
+    has_row_kernel = True
 
     def __init__(self, in_features: int, out_features: int, bias: bool, groupsize: int) -> None:
         super().__init__()
@@ -157,14 +159,10 @@ class Int4Linear(nn.Module):
             out = int4_linear_reference(rows, self.weight, self.scale, self.zero)
         return _shaped(out, self.bias, x)
 
-    @property
-    def fused_rows(self) -> int:
-        return 2 if self.scale.dtype == torch.bfloat16 else 0
-
-    def fused(self, x: Tensor, norm: Tensor | None, eps: float, residual: Tensor | None, gated: bool) -> Tensor:
-        """`linear.linear_reference` of up to `fused_rows` rows on a GPU."""
-        import int4_kernels
-        return int4_kernels.int4_row(x, self.weight, self.scale, self.zero, self.bias, norm, eps, residual, gated)
+    def row(self, x: Tensor, norm: Tensor | None, eps: float, residual: Tensor | None, gated: bool) -> Tensor:
+        """`linear.linear_reference` of one row on a GPU."""
+        import quant_kernels
+        return quant_kernels.int4_row(x, self.weight, self.scale, self.zero, self.bias, norm, eps, residual, gated)
 
 
 def _shaped(out: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

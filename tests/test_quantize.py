@@ -169,20 +169,21 @@ def test_launch_parameters_change_nothing_but_rounding(M, n_splits):
     pair = [part.float() for part in pair]
     if M == 1:
         row = {"block_n": 2, "num_warps": 1}  # a loop of several blocks, with a rest
-        got = (kernels._launch_int8_row(x, int8, scale.float(), block_w=8, **row),)
+        got = (kernels._launch_int8_row(x, int8, scale.float(), block_w=8, **row),
+               kernels._launch_int4_row(x, words, *pair, block_u=4, **row))
     else:
         dot = {"block_n": 16, "n_splits": n_splits, "num_warps": 1, "num_stages": 1}
         got = (kernels._launch_int8_dot(x, int8, scale.float(), block_k=32, **dot),
                kernels._launch_int4_dot(x, words, *pair, block_k=128, **dot))
     dense = reference.dequantize_int8(int8, scale.double()), reference.dequantize_int4(words, *(part.double() for part in pair))
-    for found, expected in zip(got, dense, strict=False):
+    for found, expected in zip(got, dense, strict=True):
         assert error(found, x.double() @ expected.T) < (ONE_ROW if M == 1 else ROUNDING[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N, K", [(6, 96), (13, 160), (9, 1088), (5, 2560)])
+@pytest.mark.parametrize("N, K, groupsize", [(6, 96, 32), (13, 160, 32), (9, 1088, 64), (5, 2560, 128)])
 @pytest.mark.parametrize("kind", ["plain", "norm bias", "norm gated", "add", "norm gated add bias"])
-def test_int8_row_with_what_stands_around_it(kind, N, K, dtype):
+def test_rows_with_what_stands_around_them(kind, N, K, groupsize, dtype):
     kernels = pytest.importorskip("quant_kernels")
     gated = "gated" in kind
     rows = 2 * N if gated else N
@@ -191,73 +192,28 @@ def test_int8_row_with_what_stands_around_it(kind, N, K, dtype):
     norm = torch.randn(K, device=DEVICE).to(dtype) if "norm" in kind else None
     residual = torch.randn(1, 1, N, device=DEVICE).to(dtype) if "add" in kind else None
     around = bias, norm, 1e-5, residual, gated
-    q, scale = reference.quantize_int8(weight)
-    scale = scale.to(dtype)
-    expected = linear_reference(x.double(), reference.dequantize_int8(q, scale.double()), *(map(wide, around)))
-    got = kernels.int8_row(x, q, scale, *around)
-    assert got.dtype == dtype and got.shape == (1, 1, N)
-    assert error(got, expected) < max(ROUNDING[dtype], ONE_ROW)
-    again = [kernels._launch_int8_row(x, q, scale, *around, block_n=4, block_w=64, num_warps=1) for _ in range(2)]
-    assert error(again[0], expected) < max(ROUNDING[dtype], ONE_ROW)
-    assert torch.equal(*again)
-
-
-def wide(value: object) -> object:
-    return value.double() if isinstance(value, torch.Tensor) else value
-
-
-@pytest.mark.parametrize("M", [1, 2])
-@pytest.mark.parametrize("N, K, groupsize", [(6, 96, 32), (13, 160, 32), (9, 1088, 64), (20, 2560, 128)])
-@pytest.mark.parametrize("kind", ["plain", "norm bias", "norm gated", "norm gated add"])
-def test_int4_rows_with_what_stands_around_them(kind, N, K, groupsize, M):
-    """In bfloat16. Beyond the rows is poison, and behind the norm, which no lane without a block may read."""
-    kernels = pytest.importorskip("int4_kernels")
-    gated = "gated" in kind
-    rows = 2 * N if gated else N
-    poisoned = torch.full((4, K), torch.nan, device=DEVICE).bfloat16()
-    x = poisoned[:M]
-    x[:] = torch.randn(M, K, device=DEVICE)
-    weight = torch.randn(rows, K, device=DEVICE) * K ** -0.5
-    bias = torch.randn(N, device=DEVICE).bfloat16() if "bias" in kind else None
-    norm = torch.randn(K, device=DEVICE).bfloat16() if "norm" in kind else None
-    residual = torch.randn(M, N, device=DEVICE).bfloat16() if "add" in kind else None
-    around = bias, norm, 1e-5, residual, gated
-    q, *pair = reference.quantize_int4(weight, groupsize)
-    dense = reference.dequantize_int4(q, *(part.double() for part in pair))
-    expected = linear_reference(x.double(), dense, *map(wide, around))
-    got = kernels.int4_row(x, q, *pair, *around)
-    assert got.dtype == torch.bfloat16 and got.shape == (M, N)
-    bound = 5e-3 if GPU else 2e-2  # Triton's interpreter rounds to bfloat16 towards zero
-    assert error(got, expected) < bound
-    again = [kernels._launch_int4_row(x, q, *pair, *around, parts=4, warps=2, units=3) for _ in range(2)]
-    assert error(again[0], expected) < bound
-    assert torch.equal(*again)
-
-
-def test_every_int4_integer_in_every_place():
-    """An input of 1 among zeros picks a weight."""
-    kernels = pytest.importorskip("int4_kernels")
-    q = (torch.arange(16, device=DEVICE, dtype=torch.int32)[:, None] + torch.arange(64, device=DEVICE)).int() % 16
-    words, one = reference.pack_int4(q), torch.ones(16, 2, device=DEVICE).bfloat16()
-    for k in range(0, 64, 5 if GPU else 7):
-        x = torch.zeros(2, 64, device=DEVICE).bfloat16()
-        x[1, k] = 1
-        got = kernels._launch_int4_row(x, words, one, -3 * one, None, None, 0.0, None, False, parts=2, warps=1, units=1)
-        assert torch.equal(got[1], (q[:, k] - 3).bfloat16()) and not got[0].any()
-
-
-@pytest.mark.parametrize("rows, dtype, gated",
-                         [(3, torch.bfloat16, False), (1, torch.float32, False), (1, torch.bfloat16, True)])
-def test_int4_rows_refuse_what_they_cannot_do(rows, dtype, gated):
-    kernels = pytest.importorskip("int4_kernels")
-    words, *pair = reference.quantize_int4(torch.randn(16, 64, device=DEVICE), 32)
-    x, bias = torch.randn(rows, 64, device=DEVICE, dtype=dtype), pair[0][:8, 0] if gated else None
-    with pytest.raises(ValueError, match="no kernel"):
-        kernels.int4_row(x, words, *(part.to(dtype) for part in pair), bias, None, 0.0, None, gated)
+    wide = [t.double() if isinstance(t, torch.Tensor) else t for t in around]
+    for mode in ("int8", "int4"):
+        if mode == "int8":
+            q, scale = reference.quantize_int8(weight)
+            parts, dense = (q, scale.to(dtype)), reference.dequantize_int8(q, scale.to(dtype).double())
+            fused, launch, blocks = kernels.int8_row, kernels._launch_int8_row, {"block_w": 64}
+        else:
+            q, *pair = reference.quantize_int4(weight, groupsize)
+            parts = q, *(part.to(dtype) for part in pair)
+            dense = reference.dequantize_int4(q, *(part.to(dtype).double() for part in pair))
+            fused, launch, blocks = kernels.int4_row, kernels._launch_int4_row, {"block_u": 8}
+        expected = linear_reference(x.double(), dense, *wide)
+        got = fused(x, *parts, *around)
+        assert got.dtype == dtype and got.shape == (1, 1, N)
+        assert error(got, expected) < max(ROUNDING[dtype], ONE_ROW)
+        again = [launch(x, *parts, *around, block_n=4, num_warps=1, **blocks) for _ in range(2)]
+        assert error(again[0], expected) < max(ROUNDING[dtype], ONE_ROW)
+        assert torch.equal(*again)
 
 
 def test_ops_have_right_fakes():
-    kernels, int4_kernels = pytest.importorskip("quant_kernels"), pytest.importorskip("int4_kernels")
+    kernels = pytest.importorskip("quant_kernels")
     weight, x = torch.randn(40, 64, device=DEVICE), torch.randn(3, 64, device=DEVICE)
     int8, scale = reference.quantize_int8(weight)
     words, *pair = reference.quantize_int4(weight, 32)
@@ -265,8 +221,7 @@ def test_ops_have_right_fakes():
     for op, arguments in ((kernels._int8_linear, (x, int8, scale.float())), (kernels._int4_linear, (x, words, *pair)),
                           (kernels.dequantize_int4, (words, *pair)),
                           (kernels.int8_row, (x[:1, None], int8, scale.float(), None, None, 0.0, None, True)),
-                          (int4_kernels.int4_row, (x[:2, None].bfloat16(), words, *(part.bfloat16() for part in pair), None,
-                                                   None, 0.0, None, True))):
+                          (kernels.int4_row, (x[:1, None], words, *pair, None, None, 0.0, None, True))):
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
