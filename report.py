@@ -245,6 +245,11 @@ def claims(folder: Path) -> str:
          f"{faster('dense_best_us')}, of the fastest dense kernel"]])
 
 
+def period(days: set[str]) -> str:
+    """From the first to the last of them, as ", 2026-01-01 to 2026-01-02"; empty where there is none."""
+    return ", " + " to ".join(sorted({min(days), max(days)})) if days else ""
+
+
 def summary(folder: Path, base: Path) -> str:
     """README's table: dense beside hash, from all files of `folder` that hold both."""
     lines: dict[tuple[str, str], list[str]] = {}
@@ -261,8 +266,7 @@ def summary(folder: Path, base: Path) -> str:
                 machine = f"{result['gpu']}, torch {result['torch']}, Triton {result['triton']}"
                 machines.setdefault(machine, set()).update({result["date"]} if "date" in result else ())
     table = markdown(["measured", "dense", "hash", "floor of hash", "hash is", "rows and command"], lines.values())
-    where = "; ".join(", ".join([machine, " to ".join(sorted({min(days), max(days)}))] if days else [machine])
-                      for machine, days in machines.items())
+    where = "; ".join(machine + period(days) for machine, days in machines.items())
     return f"{table}\n\n{where}." if lines else ""
 
 
@@ -283,7 +287,8 @@ TABLES = {
                        "signature in these kernels, not the papers' own code. FlashInfer is not compared; FlexAttention does "
                        "not run where there is a dash.", attention_table),
     "decode": Table("decode*.json", "**Whole decode steps**, random weights: the latency is what is measured. *Floor*: "
-                    "weights, K, V and signatures that a step must read over the copy bandwidth.", decode_table, image=True),
+                    "weights, K, V and signatures that a step must read over the copy bandwidth; reading alone can be a little "
+                    "faster than copying.", decode_table, image=True),
     "latency": Table("latency*.json", "**From the prompt on**, batch 1, random weights: time to the first token (dense in both "
                      "cases), then per token.", latency_table, image=True),
     "prefill": Table("prefill*.json", "**Reading the prompt**, random weights.", prefill_table),
