@@ -129,10 +129,12 @@ def test_quantised_weights(mode: str) -> None:
     swap_linears(swapped, Quantization(mode))
     for name, layer in swapped.named_modules():
         if isinstance(layer, Int8Linear | Int4Linear):
-            weight = model.get_submodule(name).weight
-            parts = quantize_int8(weight) if isinstance(layer, Int8Linear) else quantize_int4(weight, 32)
+            linear = model.get_submodule(name)
+            parts = quantize_int8(linear.weight) if isinstance(layer, Int8Linear) else quantize_int4(linear.weight, 32)
             for part, value in zip(("weight", "scale", "zero"), parts, strict=False):
                 getattr(layer, part).copy_(value)
+            if linear.bias is not None:
+                layer.bias.copy_(linear.bias)
     expected = [dense_greedy(swapped, ids, 30) for ids in PROMPTS]
     assert run(speculator_for(swapped, "self", len(PROMPTS), 3), PROMPTS, 30) == expected
 
