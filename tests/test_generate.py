@@ -42,8 +42,12 @@ def run(command: Callable[..., Ran], tiny_checkpoint: Path) -> Callable[..., Ran
 
 
 def process(*flags: object, **how: object) -> subprocess.Popen:
+    def heed_interrupts() -> None:  # a shell has what it starts in the background ignore them, tests too
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     return subprocess.Popen([sys.executable, str(SCRIPT), "--device", "cpu", *map(str, flags)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, **how)
+                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=heed_interrupts,
+                            **how)
 
 
 # ----------------------------------------------------------------------------------------------------------- end to end
