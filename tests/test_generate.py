@@ -1,4 +1,5 @@
 """The command line as users run it: what it prints, what it reports, and one line for every mistake."""
+import functools
 import json
 import os
 import re
@@ -42,12 +43,9 @@ def run(command: Callable[..., Ran], tiny_checkpoint: Path) -> Callable[..., Ran
 
 
 def process(*flags: object, **how: object) -> subprocess.Popen:
-    def heed_interrupts() -> None:  # a shell has what it starts in the background ignore them, tests too
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs do not
     return subprocess.Popen([sys.executable, str(SCRIPT), "--device", "cpu", *map(str, flags)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=heed_interrupts,
-                            **how)
+                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=heed, **how)
 
 
 # ----------------------------------------------------------------------------------------------------------- end to end
