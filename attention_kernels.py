@@ -23,7 +23,7 @@ from hash_kernels import DEPENDENT_LAUNCH, after_previous, checked_rows, splits_
 def _sparse_parameters(rows: int, K: int, element_size: int) -> dict[str, int]:
     block_k = 64 if element_size <= 2 else 32
     tiles = triton.cdiv(K, block_k)
-    many = rows * tiles > 512
+    many = rows >= 32 and rows * tiles > 512
     return {"block_k": block_k, "n_splits": splits_per_row(512 if many else 256, rows, tiles), "num_warps": 2,
             "num_stages": 2 if many else 3}
 
@@ -80,14 +80,14 @@ def _store_rows(out, lse, row, valid, value, value_lse, D: tl.constexpr, BLOCK_D
 
 
 @triton.jit
-def _combine_kernel(partial, partial_lse, out, lse, n_splits, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
-    """One row of out [*, D] and lse [*] from its splits: partial [*, n_splits, D] and partial_lse [*, n_splits]."""
+def _combine_kernel(partial, partial_lse, out, lse, n_splits, D: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
+    """COLUMNS of a row of out [*, D] and lse [*] from its splits: partial [*, n_splits, D] and partial_lse [*, n_splits]."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK_D)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     after_previous()
     top = float("-inf")
     total = 0.0
-    acc = tl.zeros([BLOCK_D], tl.float32)
+    acc = tl.zeros([COLUMNS], tl.float32)
     for first in range(0, n_splits, SPLITS):
         split = first + tl.arange(0, SPLITS)
         at = row * n_splits + split
@@ -103,7 +103,8 @@ def _combine_kernel(partial, partial_lse, out, lse, n_splits, D: tl.constexpr, B
         top = new_top
     safe = tl.where(total > 0, total, 1.0)
     tl.store(out + row * D + column, (acc / safe).to(out.dtype.element_ty), mask=column < D)
-    tl.store(lse + row, (top + tl.log2(safe)) * 0.6931471805599453)  # ln 2
+    if tl.program_id(1) == 0:
+        tl.store(lse + row, (top + tl.log2(safe)) * 0.6931471805599453)  # ln 2
 
 
 def _partial(out: Tensor, lse: Tensor, n_splits: int) -> tuple[Tensor, Tensor]:
@@ -118,11 +119,12 @@ def _combine(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, n_s
     """Merge what `_partial` gave, once filled, into out [..., D] and lse [...]."""
     if n_splits == 1:
         return
-    rows, D, BLOCK_D = lse.numel(), out.shape[-1], triton.next_power_of_2(out.shape[-1])
-    splits = min(triton.next_power_of_2(n_splits), 4096 // BLOCK_D)
+    rows, D = lse.numel(), out.shape[-1]
+    columns = 32 if rows <= 128 else triton.next_power_of_2(D)  # few rows: more programs
+    splits = min(triton.next_power_of_2(n_splits), 4096 // columns)
     # one warp: several would have to wait for each other's sums
-    _combine_kernel[(rows,)](partial, partial_lse, out, lse, n_splits, D=D, BLOCK_D=BLOCK_D, SPLITS=splits, num_warps=1,
-                             launch_pdl=DEPENDENT_LAUNCH)
+    _combine_kernel[(rows, triton.cdiv(D, columns))](partial, partial_lse, out, lse, n_splits, D=D, COLUMNS=columns,
+                                                     SPLITS=splits, num_warps=1, launch_pdl=DEPENDENT_LAUNCH)
 
 
 # ----------------------------------------------------------------------------------------------------------- attend: sparse

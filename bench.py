@@ -176,7 +176,7 @@ def bench_attention(case: str, mode: str, heads: tuple[int, int, int], bandwidth
     encode = rope_encode_append if config.depth == 1 else torch.compile(rope_encode_append, dynamic=False)
     limits = (None, budget, budget, SINK, RECENT)
     parameters = hash_kernels._select_parameters(batch * encoder.n_signature_head, context)
-    score_parameters = (parameters["chunk"], parameters["n_blocks"], parameters["levels"], parameters["score_warps"])
+    score_parameters = (parameters["chunk"], parameters["n_blocks"], parameters["score_warps"])
     compact_parameters = (parameters["chunk"], parameters["step"], parameters["compact_warps"])
 
     def score(i: int) -> tuple[Tensor, Tensor]:

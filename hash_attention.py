@@ -11,7 +11,7 @@ linear encoders and summed Hamming distance over a group. What goes past them: o
 its group, and a query of several bits, so that a bit counts as much as the query is sure of it.
 
 Every public function has a plain-PyTorch twin `*_reference`, which is the definition. On a GPU the Triton kernels of
-hash_kernels.py and attention_kernels.py run instead; on a CPU the reference itself runs.
+encode_kernels.py, hash_kernels.py and attention_kernels.py run instead; on a CPU the reference itself runs.
 
 Symbols: B batch, S cache length, N current length (`seq_lens`, int32 [B], the newest token included), Hq query heads, Hkv
 key/value heads, G = Hq / Hkv, D head_dim, b signature bits, W = b / 32 words, Hs signature heads, P magnitude planes,
@@ -351,8 +351,8 @@ def rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, encoder: HashEncod
                        signatures: Tensor | None, seq_lens: Tensor) -> tuple[Tensor, Tensor | None]:
     """`rope_encode_append_reference`, by one Triton kernel where the tensors are on a GPU and the encoder is linear."""
     if qkv.is_cuda and (encoder is None or encoder.config.depth == 1):
-        import hash_kernels
-        return hash_kernels.rope_encode_append(qkv, cos, sin, encoder, k_cache, v_cache, signatures, seq_lens)
+        import encode_kernels
+        return encode_kernels.rope_encode_append(qkv, cos, sin, encoder, k_cache, v_cache, signatures, seq_lens)
     return rope_encode_append_reference(qkv, cos, sin, encoder, k_cache, v_cache, signatures, seq_lens)
 
 

@@ -1,22 +1,24 @@
 """Triton kernels of signatures. hash_attention.py holds the definitions (`*_reference`) and the symbols used here.
 
-rope_encode_append   a step's queries, keys and values: rotate, encode, write to the cache   one kernel
-select_tokens        score and count, where there are many tokens count once more, write         two or three kernels
+select_tokens   score and count all tokens, write the positions of the best   two kernels
 
-attention_kernels.py holds the attention that follows. Each is a torch.library custom op: torch.compile(fullgraph=True) keeps
-it whole, and a CUDA graph can capture it, for nothing here waits for the device: shapes are static and lengths are read on the
-device. With TRITON_INTERPRET=1 set before triton is imported, the same functions run on CPU tensors.
+encode_kernels.py holds what goes before and attention_kernels.py what follows. Each function of them is a torch.library custom
+op: torch.compile(fullgraph=True) keeps it whole, and a CUDA graph can capture it, for nothing here waits for the device: shapes
+are static and lengths are read on the device. With TRITON_INTERPRET=1 set before triton is imported, the same functions run on
+CPU tensors.
 
 The kernels of a step are short, so the time between them counts: on Hopper and later each is launched while the one before
 still runs (programmatic dependent launch) and waits for its results with `after_previous`.
 """
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from hash_attention import NUM_BINS, HashEncoder
+from hash_attention import NUM_BINS
 
 # ------------------------------------------------------------------------------------------------------ launch parameters
 
@@ -27,29 +29,21 @@ def splits_per_row(programs: int, rows: int, tiles: int) -> int:
     return max(1, min(tiles, programs // rows))
 
 
-# The threshold among the 64 bins is found at once from a histogram where there are few tokens (64 levels); where there are
-# many, in two rounds of 8, each counting the tokens at or above 7 of them, which costs less per token and one kernel more.
-_COARSE = tl.constexpr(8)
-
-
 def _select_parameters(rows: int, S: int) -> dict[str, int]:
-    """chunk: tokens scored at a time; a block's range is a multiple of it.  step: tokens compacted at a time; divides chunk.
+    """chunk: tokens scored at a time, 256 a warp or more; a block's range is a multiple of it.
 
-    levels: of the first count, see `_COARSE`.
+    step: tokens compacted at a time; divides chunk.
     """
     if rows * S <= 2 ** 19:
-        programs, chunk, levels = 264, 1024, NUM_BINS
+        programs, chunk = 256, 1024
     elif rows * S <= 2 ** 21:
-        programs, chunk, levels = 528, 1024, _COARSE.value
+        programs, chunk = 512, 1024
     elif rows * S <= 2 ** 23:
-        programs, chunk, levels = 1056, 2048, _COARSE.value
+        programs, chunk = 512, 2048
     else:
-        programs, chunk, levels = 2112, 2048, _COARSE.value
+        programs, chunk = 2048, 2048
     n_blocks = splits_per_row(programs, rows, triton.cdiv(S, chunk))
-    if levels == NUM_BINS:
-        n_blocks = min(n_blocks, 64)  # every program of the last kernel reads the counts of all blocks
-    n_blocks = max(n_blocks, triton.cdiv(S, 255 * chunk))  # counters of one byte
-    return {"chunk": chunk, "step": chunk, "n_blocks": n_blocks, "levels": levels, "score_warps": 4, "compact_warps": 1}
+    return {"chunk": chunk, "step": chunk, "n_blocks": n_blocks, "score_warps": 4, "compact_warps": 1}
 
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -74,166 +68,6 @@ def checked_rows(x: Tensor) -> Tensor:
     return x
 
 
-# ----------------------------------------------------------------------------------------------------------------- encode
-
-@triton.jit
-def _rotated(x, cos, sin, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """The rotated halves of one head at x [D], rounded to its dtype."""
-    column = tl.arange(0, BLOCK)
-    first = tl.load(x + column, mask=column < HALF, other=0.0)
-    second = tl.load(x + HALF + column, mask=column < HALF, other=0.0)
-    dtype = first.dtype
-    first, second = first.to(tl.float32), second.to(tl.float32)
-    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
-
-
-@triton.jit
-def _store_halves(x, first, second, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.arange(0, BLOCK)
-    tl.store(x + column, first, mask=column < HALF)
-    tl.store(x + HALF + column, second, mask=column < HALF)
-
-
-@triton.jit
-def _weights(weight, HALF: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr):
-    """The rows of weight [D, BITS] for each half of a head."""
-    at = tl.arange(0, BLOCK)[:, None] * BITS + tl.arange(0, BITS)[None, :]
-    mask = tl.arange(0, BLOCK)[:, None] < HALF
-    return tl.load(weight + at, mask=mask, other=0.0), tl.load(weight + HALF * BITS + at, mask=mask, other=0.0)
-
-
-@triton.jit
-def _code(first, second, weights, bias, BITS: tl.constexpr):
-    """x @ weight + bias for the halves of x and of weight, bias [BITS] -> float32 [BITS]."""
-    products = first.to(tl.float32)[:, None] * weights[0] + second.to(tl.float32)[:, None] * weights[1]
-    return tl.sum(products, axis=0) + tl.load(bias + tl.arange(0, BITS))
-
-
-@triton.jit
-def _pack(bits, WORDS: tl.constexpr):
-    """Booleans [32 * WORDS] -> int32 [WORDS], little-endian."""
-    words = tl.reshape(bits.to(tl.int32), [WORDS, 32])
-    return tl.sum(words << tl.arange(0, 32)[None, :], axis=1)
-
-
-@triton.jit
-def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight, query_bias, seq_lens, q_out, planes,
-                               k_cache, v_cache, signatures, T, k_b, k_h, k_s, v_b, v_h, v_s, x_b, x_h, x_s,
-                               HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-                               WORDS: tl.constexpr, P: tl.constexpr, SIGNS: tl.constexpr, KEYS: tl.constexpr,
-                               QUERIES: tl.constexpr, EARLY: tl.constexpr):
-    """One signature head (or KV head without signatures) of one new token: its G queries, and its key and value.
-
-    qkv [B, T, Hq + 2 Hkv, D], cos and sin [B, T, D / 2]. SIGNS: query_bits is 1. KEYS, QUERIES: which of them to encode.
-    EARLY: load all weights while the kernel before still runs.
-    """
-    head = tl.program_id(0).to(tl.int64)
-    batch = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(2)
-    G: tl.constexpr = HQ // HEADS
-    HALF: tl.constexpr = D // 2
-    BITS: tl.constexpr = 32 * WORDS
-    kv_head = head // (HEADS // HKV)
-    column = tl.arange(0, BLOCK)
-    word = tl.arange(0, WORDS)
-    token = batch * T + t
-    if EARLY:
-        key_weights = _weights(key_weight + head * (D * BITS), HALF, BLOCK, BITS)
-        query_weights = ()
-        for g in tl.static_range(G):
-            query_weights += (_weights(query_weight + (head * G + g) * (D * BITS), HALF, BLOCK, BITS),)
-    after_previous()
-    # all loads come before the first store, which they would otherwise have to wait for
-    position = tl.load(seq_lens + batch).to(tl.int64) - T + t
-    qkv += token * ((HQ + 2 * HKV) * D)
-    angle_cos = tl.load(cos + token * HALF + column, mask=column < HALF, other=0.0)
-    angle_sin = tl.load(sin + token * HALF + column, mask=column < HALF, other=0.0)
-    key_first, key_second = _rotated(qkv + (HQ + kv_head) * D, angle_cos, angle_sin, HALF, BLOCK)
-    value = tl.arange(0, 2 * BLOCK)
-    v = tl.load(qkv + (HQ + HKV + kv_head) * D + value, mask=value < D)
-    queries = ()
-    for g in tl.static_range(G):
-        queries += (_rotated(qkv + (head * G + g) * D, angle_cos, angle_sin, HALF, BLOCK),)
-
-    if head % (HEADS // HKV) == 0:
-        _store_halves(k_cache + batch * k_b + kv_head * k_h + position * k_s, key_first, key_second, HALF, BLOCK)
-        tl.store(v_cache + batch * v_b + kv_head * v_h + position * v_s + value, v, mask=value < D)
-    for g in tl.static_range(G):
-        _store_halves(q_out + (token * HQ + head * G + g) * D, queries[g][0], queries[g][1], HALF, BLOCK)
-    if KEYS:
-        if not EARLY:
-            key_weights = _weights(key_weight + head * (D * BITS), HALF, BLOCK, BITS)
-        code = _code(key_first, key_second, key_weights, key_bias + head * BITS, BITS)
-        tl.store(signatures + batch * x_b + head * x_h + position * x_s + word, _pack(code > 0, WORDS))
-    codes = tl.zeros([BITS], tl.float32)
-    if QUERIES:
-        for g in tl.static_range(G):
-            if EARLY:
-                weights = query_weights[g]
-            else:
-                weights = _weights(query_weight + (head * G + g) * (D * BITS), HALF, BLOCK, BITS)
-            code = _code(queries[g][0], queries[g][1], weights, query_bias + (head * G + g) * BITS, BITS)
-            codes += tl.where(code > 0, 1.0, -1.0) if SIGNS else code
-    if QUERIES:
-        if not SIGNS:
-            largest = tl.max(tl.abs(codes), axis=0)
-            limit = (1 << P) - 1
-            codes = tl.where(largest > 0, codes / largest, 0.0) * (limit + 0.5)
-            # adding 1.5 * 2^23 rounds to the nearest integer, halves to even, as torch.round does
-            codes = tl.minimum(tl.maximum((codes + 12582912.0) - 12582912.0, -limit), limit)
-        magnitude = tl.abs(codes).to(tl.int32)
-        planes += (batch * HEADS + head) * ((1 + P) * WORDS)
-        tl.store(planes + word, _pack(codes > 0, WORDS))
-        for p in tl.static_range(P):
-            tl.store(planes + (1 + p) * WORDS + word, _pack(((magnitude >> p) & 1) > 0, WORDS))
-
-
-def rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, encoder: HashEncoder | None, k_cache: Tensor, v_cache: Tensor,
-                       signatures: Tensor | None, seq_lens: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`hash_attention.rope_encode_append_reference`, for linear encoders.
-
-    qkv [B, T, (Hq + 2 Hkv) D] -> q [B, T, Hq, D] and, with an encoder and T = 1, planes int32 [B, Hs, 1 + P, W].
-    """
-    if encoder is None:
-        return _rope_encode_append(qkv, cos, sin, None, None, None, None, k_cache, v_cache, None, seq_lens, 0, 0)[0], None
-    (key,), (query,) = encoder.key, encoder.query
-    q, planes = _rope_encode_append(qkv, cos, sin, key.weight, key.bias, query.weight, query.bias, k_cache, v_cache, signatures,
-                                    seq_lens, encoder.config.query_bits, encoder.config.planes(encoder.group))
-    return q, planes if qkv.shape[1] == 1 else None
-
-
-@torch.library.custom_op("hashfast::rope_encode_append", mutates_args=("k_cache", "v_cache", "signatures"))
-def _rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, key_weight: Tensor | None, key_bias: Tensor | None,
-                        query_weight: Tensor | None, query_bias: Tensor | None, k_cache: Tensor, v_cache: Tensor,
-                        signatures: Tensor | None, seq_lens: Tensor, query_bits: int, P: int) -> tuple[Tensor, Tensor]:
-    B, T, width = qkv.shape
-    HKV, D = k_cache.shape[1], k_cache.shape[3]
-    HQ = width // D - 2 * HKV
-    encode = signatures is not None
-    HEADS, WORDS = (signatures.shape[1], signatures.shape[3]) if encode else (HKV, 1)
-    q = torch.empty((B, T, HQ, D), dtype=qkv.dtype, device=qkv.device)
-    planes = torch.empty((B, HEADS, 1 + P, WORDS), dtype=torch.int32, device=qkv.device)
-    # with 8 warps that many weights take half of the registers
-    early = encode and T == 1 and (1 + HQ // HEADS) * D * 32 * WORDS <= 2 ** 15
-    _rope_encode_append_kernel[(HEADS, B, T)](
-        qkv.contiguous(), cos.contiguous(), sin.contiguous(), key_weight, key_bias, query_weight, query_bias, seq_lens,
-        q, planes,
-        checked_rows(k_cache), checked_rows(v_cache), signatures, T, *k_cache.stride()[:3], *v_cache.stride()[:3],
-        *(signatures.stride()[:3] if encode else (0, 0, 0)),
-        HQ=HQ, HKV=HKV, HEADS=HEADS, D=D, BLOCK=triton.next_power_of_2(D // 2), WORDS=WORDS, P=P, SIGNS=query_bits == 1,
-        KEYS=encode, QUERIES=encode and T == 1, EARLY=early, num_warps=8 if encode else 4, launch_pdl=DEPENDENT_LAUNCH)
-    return q, planes
-
-
-@_rope_encode_append.register_fake
-def _(qkv, cos, sin, key_weight, key_bias, query_weight, query_bias, k_cache, v_cache, signatures, seq_lens, query_bits, P):
-    B, T, width = qkv.shape
-    heads, words = (signatures.shape[1], signatures.shape[3]) if signatures is not None else (k_cache.shape[1], 1)
-    D = k_cache.shape[3]
-    return (qkv.new_empty((B, T, width // D - 2 * k_cache.shape[1], D)),
-            seq_lens.new_empty((B, heads, 1 + P, words)))
-
-
 # ----------------------------------------------------------------------------------------------------------------- select
 
 @triton.jit
@@ -247,6 +81,86 @@ def _popcount(x):
         return ((x + (x >> 16)) & 0x3F).to(tl.int32)
     else:
         return libdevice.popc(x)
+
+
+# The tensor cores count bits too. One mma takes the signatures of 64 tokens as 16 rows of four words, of which each lane has
+# its own two, and multiplies them by eight columns: two planes of weights for each of the four words, zero where the other
+# three are. So a lane gets back the counts of its own two tokens.
+_MASKS = tl.constexpr("{ .reg .b32 lane, word, owner; .reg .pred p; mov.u32 lane, %laneid; and.b32 word, lane, 4; "
+                      "setp.ne.u32 p, word, 0; selp.b32 $0, $2, $1, p; and.b32 word, lane, 3; shr.u32 owner, lane, 3; "
+                      "setp.eq.u32 p, word, owner; selp.b32 $0, $0, 0, p; }")
+_COUNT = tl.constexpr("{ .reg .b32 x0, x1, c0, c1, c2, c3, zero; mov.b32 zero, 0; "
+                      "lop3.b32 x0, $4, $6, 0, 0xC3; lop3.b32 x1, $5, $6, 0, 0xC3; "  # ~(a ^ b)
+                      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {c0, c1, c2, c3}, {x0, x1}, {$8}, "
+                      "{$2, zero, $3, zero}; shl.b32 c1, c1, 1; shl.b32 c3, c3, 1; add.s32 $0, c0, c1; add.s32 $1, c2, c3; }")
+
+
+@triton.jit
+def _add_scores(score, words, signs, magnitudes, P: tl.constexpr):
+    """score [N] plus the summed weights of the bits where words [N] and signs agree. magnitudes: P planes of the weights."""
+    if INTERPRETED:
+        for p in tl.static_range(P):
+            score += _popcount(~(words ^ signs) & magnitudes[p]) << p
+    else:
+        for p in tl.static_range(0, P, 2):
+            # differs by lane, though Triton takes it for one number
+            masks = tl.inline_asm_elementwise(_MASKS, "=&r,r,r", [magnitudes[p], magnitudes[p + 1] if p + 1 < P else 0],
+                                              dtype=tl.int32, is_pure=True, pack=1)
+            before = score if p == 0 else tl.zeros_like(score)
+            count = tl.inline_asm_elementwise(_COUNT, "=&r,=&r,r,r,r,r,r,r,r,r", [before, words, signs, masks], dtype=tl.int32,
+                                              is_pure=True, pack=2)
+            score = count if p == 0 else score + (count << p)
+    return score
+
+
+# A histogram of 64 bins is a product of two matrices, [8, tokens] and [tokens, 8]: has a token's bin these upper three bits,
+# and these lower three? A lane of an mma holds the answers for one row, or one column, of four tokens, as bytes. It has them
+# from one `prmt`, which looks four numbers below 8 up in a table of eight bytes: 1 at the lane's own row or column. The words
+# looked up hold the lower bits of four tokens' bins in their lower half and the upper bits in their upper half.
+_TABLE = tl.constexpr("{ .reg .b32 lane, one; .reg .pred low; mov.u32 lane, %laneid; and.b32 $2, lane, 3; "
+                      "shr.u32 lane, lane, 2; setp.lt.u32 low, lane, 4; and.b32 lane, lane, 3; shl.b32 lane, lane, 3; "
+                      "mov.b32 one, 1; shl.b32 one, one, lane; selp.b32 $0, one, 0, low; selp.b32 $1, 0, one, low; }")
+
+
+@triton.constexpr_function
+def _histogram_code():
+    """$0-1 counts of a row and two columns, $2-3 before; $4-5 words; $6, $8 the table; $10 lane % 4."""
+    lines = [".reg .b32 from, a0, a2, b0, b1, c2, c3, zero; mov.b32 zero, 0; mov.b32 $0, $2; mov.b32 $1, $3;"]
+    for word in ("$4", "$5"):
+        for first in range(0, 32, 8):  # the words of eight lanes: 32 tokens
+            for a, b, lane in (("a0", "b0", first), ("a2", "b1", first + 4)):
+                lines += [f"add.s32 from, $10, {lane}; shfl.sync.idx.b32 from, {word}, from, 31, 0xffffffff;",
+                          f"prmt.b32 {b}, $6, $8, from; shr.u32 from, from, 16; prmt.b32 {a}, $6, $8, from;"]
+            lines += ["mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {$0, $1, c2, c3}, {a0, zero, a2, zero}, {b0, b1}, "
+                      "{$0, $1, zero, zero};"]
+    return "{ " + " ".join(lines) + " }"
+
+
+@triton.jit
+def _add_histogram(counts, bins, CHUNK: tl.constexpr):
+    """Count bins [CHUNK], each below 64. counts [CHUNK / 4]: a lane has two of its warp's 64 sums in each pair of numbers."""
+    if INTERPRETED:
+        counts += tl.histogram(bins, CHUNK // 4)
+    else:
+        bits = bins + (bins & 0x38) * (2 ** 13 - 1)  # bins & 7, and bins >> 3 from bit 16 on
+        words = tl.sum(tl.reshape(bits, [CHUNK // 4, 4]) << (4 * tl.arange(0, 4))[None, :], axis=1)
+        table = tl.inline_asm_elementwise(_TABLE, "=&r,=&r,=&r,r", [0], dtype=(tl.int32, tl.int32, tl.int32), is_pure=True,
+                                          pack=1)
+        counts = tl.inline_asm_elementwise(_histogram_code(), "=&r,=&r,r,r,r,r,r,r,r,r,r,r",
+                                           [counts, words, table[0], table[1], table[2]], dtype=tl.int32, is_pure=True, pack=2)
+    return counts
+
+
+@triton.jit
+def _sum_histogram(counts, CHUNK: tl.constexpr, WARPS: tl.constexpr):
+    """What `_add_histogram` counted -> [64]."""
+    if INTERPRETED:
+        total = tl.sum(tl.reshape(counts, [CHUNK // 256, 64]), axis=0)
+    else:
+        # of a warp, lane 4 g + t has columns 2 t and 2 t + 1 of row g
+        pairs = tl.sum(tl.sum(tl.reshape(counts, [CHUNK // 256 // WARPS, 2, WARPS, 32]), axis=0), axis=1)
+        total = tl.reshape(tl.permute(pairs, [1, 0]), [64])
+    return total
 
 
 @triton.jit
@@ -268,87 +182,15 @@ def _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
     return length, low, high, filled, start, tl.minimum(start + per_block, length)
 
 
-# A token's rank is one byte: 1 + bin where it competes, 0 where it does not. Ranks stay below 128, so four of them in an
-# int32 are compared at once: adding 128 - r to each byte sets the top bit of those >= r and never reaches the next byte.
-
-
-@triton.jit
-def _at_least(words, rank):
-    """0 or 1 in each byte: is it at least `rank` (0 .. 128)? words: int32, 4 ranks each."""
-    return ((words + (128 - rank) * 0x01010101) >> 7) & 0x01010101
-
-
-@triton.jit
-def _count(counters, words, first, step: tl.constexpr):
-    """Add to the byte counters of 7 levels: ranks at least first + step, first + 2 step, .. first + 7 step."""
-    counted = ()
-    for level in tl.static_range(7):
-        counted += (counters[level] + _at_least(words, first + (1 + level) * step),)
-    return counted
-
-
-@triton.jit
-def _add7(a0, a1, a2, a3, a4, a5, a6, b0, b1, b2, b3, b4, b5, b6):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6
-
-
-@triton.jit
-def _store_counts(counts, counters, lowest):
-    """Write lowest and the 7 sums of all bytes of the counters to counts [8]."""
-    wide = ()
-    for level in tl.static_range(7):
-        pairs = (counters[level] & 0x00FF00FF) + ((counters[level] >> 8) & 0x00FF00FF)
-        wide += ((pairs & 0xFFFF) + (pairs >> 16),)
-    tl.store(counts, lowest)
-    if INTERPRETED:  # reduces several tensors together one element at a time
-        for level in tl.static_range(7):
-            tl.store(counts + 1 + level, tl.sum(wide[level], axis=0))
-    else:
-        sums = tl.reduce(wide, 0, _add7)
-        for level in tl.static_range(7):
-            tl.store(counts + 1 + level, sums[level])
-
-
-@triton.jit
-def _load_counts(counts, n_blocks, BLOCKS: tl.constexpr, LEVELS: tl.constexpr):
-    """counts [n_blocks, LEVELS] of a row -> [BLOCKS, LEVELS], zeros past n_blocks."""
-    other = tl.arange(0, BLOCKS)[:, None]
-    return tl.load(counts + other * LEVELS + tl.arange(0, LEVELS)[None, :], mask=other < n_blocks, other=0)
-
-
-@triton.jit
-def _level(counts, wanted, LEVELS: tl.constexpr):
-    """The highest level with `wanted` tokens at or above it, from counts [BLOCKS, LEVELS].
-
-    -> level, tokens at or above it and above it in each block [BLOCKS]; none are above the last.
-    """
-    level = tl.arange(0, LEVELS)
-    chosen = tl.maximum(tl.sum((tl.sum(counts, axis=0) >= wanted).to(tl.int32), axis=0) - 1, 0)
-    return (chosen, tl.sum(tl.where((level == chosen)[None, :], counts, 0), axis=1),
-            tl.sum(tl.where((level == chosen + 1)[None, :], counts, 0), axis=1))
-
-
-@triton.jit
-def _threshold(counts, fine_counts, row, n_blocks, wanted, BINS: tl.constexpr, BLOCKS: tl.constexpr, LEVELS: tl.constexpr):
-    """The rank above which all tokens are selected. -> it, tokens above it and at it in each block [BLOCKS], how many of the
-    latter are selected."""
-    table = _load_counts(counts + row * n_blocks * LEVELS, n_blocks, BLOCKS, LEVELS)
-    if LEVELS < BINS:
-        fine_table = _load_counts(fine_counts + row * n_blocks * LEVELS, n_blocks, BLOCKS, LEVELS)
-    threshold, at_least, above = _level(table, wanted, LEVELS)
-    threshold += 1
-    if LEVELS < BINS:
-        fine, at_least, higher = _level(fine_table, wanted, LEVELS)
-        threshold = (threshold - 1) * (BINS // LEVELS) + 1 + fine
-        above = tl.where(fine == LEVELS - 1, above, higher)  # the next bin up may belong to the level above
-    return threshold, above, at_least - above, tl.maximum(wanted - tl.sum(above, axis=0), 0)
+_LEVELS = tl.constexpr(8)  # every eighth bin's counts are kept on their own as well
 
 
 @triton.jit
 def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, K, sink, recent, S, x_b, x_h, x_s, ranks_row,
                   HEADS: tl.constexpr, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr,
-                  PER_HEAD: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, EARLY: tl.constexpr):
-    """The rank of every token, and how many of each block's are at or above each level of bins.
+                  PER_HEAD: tl.constexpr, CHUNK: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr):
+    """The rank of every token, a byte: 1 + bin where it competes, else 0. And how many of each block's tokens are at or above
+    each eighth bin, and each bin: counts [8 + 64].
 
     EARLY: the first signatures are loaded while the kernel before still runs. What that one may write is the newest token's,
     which does not compete where `recent` is at least 1.
@@ -369,66 +211,66 @@ def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, 
         after_previous()
     planes += row * ((1 + P) * W)
     signs, magnitudes = (), ()
-    for w in tl.static_range(W):
-        signs += (tl.load(planes + w),)
-        for p in tl.static_range(P):
-            magnitudes += (tl.load(planes + (1 + p) * W + w),)
-    ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32))
     total = 0
     for w in tl.static_range(W):
+        signs += (tl.load(planes + w),)
+        magnitude = ()
         for p in tl.static_range(P):
-            total += _popcount(magnitudes[w * P + p]) << p
-    histogram = tl.zeros([BINS], tl.int32)
-    zero = tl.zeros([CHUNK // 4], tl.int32)
-    counters = (zero, zero, zero, zero, zero, zero, zero)
+            magnitude += (tl.load(planes + (1 + p) * W + w),)
+            total += _popcount(magnitude[p]) << p
+        magnitudes += (magnitude,)
+    ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32))
+    histogram = tl.zeros([CHUNK // 4], tl.int32)
     for first in range(start, stop, CHUNK):
         position = tl.multiple_of(first, CHUNK) + tl.arange(0, CHUNK)
         following = ()
         for w in tl.static_range(W):
             following += (tl.load(signatures + (position + CHUNK).to(tl.int64) * x_s + w,
                                   mask=(position + CHUNK < S) & (first + CHUNK < stop), other=0),)
-        score = tl.zeros([CHUNK], tl.int32)
+        score = tl.zeros([CHUNK], tl.int32) - total // 2
         for w in tl.static_range(W):
-            for p in tl.static_range(P):
-                score += _popcount(~(words[w] ^ signs[w]) & magnitudes[w * P + p]) << p
-        rank = tl.minimum(tl.maximum((score - total // 2) >> SHIFT, 0), BINS - 1) + 1
+            score = _add_scores(score, words[w], signs[w], magnitudes[w], P)
+        bins = tl.minimum(tl.maximum(score >> SHIFT, 0), BINS - 1)
+        rank = bins + 1
         if (first < low) | (first + CHUNK > high):
-            rank = tl.where((position >= low) & (position < high), rank, 0)
+            competes = (position >= low) & (position < high)
+            rank = tl.where(competes, rank, 0)
+            bins = tl.where(competes, bins, 0)  # at or above that one are all that compete
         packed = tl.sum(tl.reshape(rank, [CHUNK // 4, 4]) << (8 * tl.arange(0, 4))[None, :], axis=1)
         tl.store(ranks + first // 4 + tl.arange(0, CHUNK // 4), packed)
-        if LEVELS == BINS:
-            histogram += tl.histogram(rank - 1, BINS, mask=rank > 0)
-        else:
-            counters = _count(counters, packed, 1, BINS // LEVELS)
+        histogram = _add_histogram(histogram, bins, CHUNK)
         words = following
-    counts += (row * n_blocks + block) * LEVELS
-    if LEVELS == BINS:
-        tl.store(counts + tl.arange(0, BINS), tl.cumsum(histogram, axis=0, reverse=True))
-    else:
-        _store_counts(counts, counters, tl.maximum(tl.minimum(stop, high) - tl.maximum(start, low), 0))
+    bin = tl.arange(0, BINS)
+    at_least = tl.cumsum(_sum_histogram(histogram, CHUNK, WARPS), axis=0, reverse=True)
+    at_least = tl.where(bin == 0, tl.maximum(tl.minimum(stop, high) - tl.maximum(start, low), 0), at_least)
+    counts += (row * n_blocks + block) * (_LEVELS + BINS)
+    tl.store(counts + bin // (BINS // _LEVELS), at_least, mask=bin % (BINS // _LEVELS) == 0)
+    tl.store(counts + _LEVELS + bin, at_least)
 
 
 @triton.jit
-def _count_kernel(seq_lens, ranks, counts, fine_counts, budgets, budget, K, sink, recent, ranks_row,
-                  HEADS: tl.constexpr, BINS: tl.constexpr, PER_HEAD: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr):
-    """How many of each block's tokens are at or above each of the bins from the level that the threshold lies in."""
-    block, n_blocks = tl.program_id(0), tl.num_programs(0)
-    row = tl.program_id(1).to(tl.int64)
-    after_previous()
-    counts += row * n_blocks * _COARSE
-    table = _load_counts(counts, n_blocks, BLOCKS, _COARSE)
-    length, low, high, filled, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
-                                                   HEADS, PER_HEAD, CHUNK)
-    ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32)) + tl.arange(0, CHUNK // 4)
-    words = tl.load(ranks + start // 4, mask=start < stop, other=0)
-    level, _, _ = _level(table, filled - (length - (high - low)), _COARSE)
-    zero = tl.zeros([CHUNK // 4], tl.int32)
-    counters = (zero, zero, zero, zero, zero, zero, zero)
-    for first in range(start, stop, CHUNK):
-        following = tl.load(ranks + (first + CHUNK) // 4, mask=first + CHUNK < stop, other=0)
-        counters = _count(counters, words, 1 + level * (BINS // _COARSE), 1)
-        words = following
-    _store_counts(fine_counts + (row * n_blocks + block) * _COARSE, counters, tl.load(counts + block * _COARSE + level))
+def _level(counts, stride: tl.constexpr, n_blocks, wanted, BLOCKS: tl.constexpr):
+    """The highest of 8 levels with `wanted` tokens at or above it in all blocks. counts [n_blocks, 8], rows `stride` apart."""
+    block = tl.arange(0, BLOCKS)[:, None]
+    table = tl.load(counts + block * stride + tl.arange(0, _LEVELS)[None, :], mask=block < n_blocks, other=0)
+    return tl.maximum(tl.sum((tl.sum(table, axis=0) >= wanted).to(tl.int32), axis=0) - 1, 0)
+
+
+@triton.jit
+def _threshold(counts, n_blocks, wanted, BINS: tl.constexpr, BLOCKS: tl.constexpr):
+    """The bin above which all tokens are selected, from the counts of a row as `_score_kernel` leaves them.
+
+    -> it, tokens above it and at it in each block [BLOCKS], how many of the latter are selected.
+    """
+    stride: tl.constexpr = _LEVELS + BINS
+    # in two steps, so that not all of the counts have to be read
+    level = _level(counts, stride, n_blocks, wanted, BLOCKS) * (BINS // _LEVELS)
+    counts += _LEVELS
+    bin = level + _level(counts + level, stride, n_blocks, wanted, BLOCKS)
+    block = tl.arange(0, BLOCKS)
+    at_least = tl.load(counts + block * stride + bin, mask=block < n_blocks, other=0)
+    above = tl.load(counts + block * stride + bin + 1, mask=(block < n_blocks) & (bin + 1 < BINS), other=0)
+    return bin, above, at_least - above, tl.maximum(wanted - tl.sum(above, axis=0), 0)
 
 
 @triton.jit
@@ -446,10 +288,15 @@ def _load_group(ranks, first, stop):
 
 @triton.jit
 def _bits(words, rank):
-    """words as `_load_group` gives them -> int32 [GROUPS], one bit per token: is its rank at least `rank`?"""
+    """words as `_load_group` gives them -> int32 [GROUPS], one bit per token: is its rank at least `rank` (0 .. 128)?
+
+    Ranks are below 128, so four are compared at once: adding 128 - rank to each byte sets its top bit where the byte is at
+    least `rank`, and never reaches the next byte.
+    """
     bits = tl.zeros_like(words[0])
     for j in tl.static_range(8):
-        bits |= (((_at_least(words[j], rank) * 0x00204081) >> 21) & 0xF) << (4 * j)
+        at_least = ((words[j] + (128 - rank) * 0x01010101) >> 7) & 0x01010101
+        bits |= (((at_least * 0x00204081) >> 21) & 0xF) << (4 * j)
     return bits
 
 
@@ -485,38 +332,41 @@ def _write_selected(ranks, words, indices, start, stop, threshold, sure, ties, t
         words = following
 
 
+_FEW = tl.constexpr(256)
+
+
 @triton.jit
-def _compact_kernel(seq_lens, ranks, counts, fine_counts, indices, budgets, budget, K, sink, recent, ranks_row,
+def _compact_kernel(seq_lens, ranks, counts, indices, budgets, budget, K, sink, recent, ranks_row,
                     HEADS: tl.constexpr, BINS: tl.constexpr, PER_HEAD: tl.constexpr, CHUNK: tl.constexpr,
-                    STEP: tl.constexpr, BLOCKS: tl.constexpr, LEVELS: tl.constexpr):
+                    STEP: tl.constexpr, BLOCKS: tl.constexpr):
     """The selected positions in ascending order: every block knows from the counts where its own begin."""
     block, n_blocks = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
-    after_previous()
     length, low, high, filled, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
-                                                  HEADS, PER_HEAD, CHUNK)
+                                                   HEADS, PER_HEAD, CHUNK)
+    after_previous()  # which has written ranks and counts alone
     start = tl.maximum(start, low // CHUNK * CHUNK)
     stop = tl.minimum(stop, high)
     ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32))
     indices += row * K
     words = _load_group(ranks, start + 32 * tl.arange(0, STEP // 32), stop)
     wanted = filled - (length - (high - low))
-    threshold, above, ties, ties_wanted = _threshold(counts, fine_counts, row, n_blocks, wanted, BINS, BLOCKS, LEVELS)
+    bin, above, ties, ties_wanted = _threshold(counts + row * n_blocks * (_LEVELS + BINS), n_blocks, wanted, BINS, BLOCKS)
     before = tl.arange(0, BLOCKS) < block
-    _write_selected(ranks, words, indices, start, stop, threshold, low + tl.sum(tl.where(before, above, 0), axis=0),
+    _write_selected(ranks, words, indices, start, stop, 1 + bin, low + tl.sum(tl.where(before, above, 0), axis=0),
                    tl.sum(tl.where(before, ties, 0), axis=0), ties_wanted, filled, STEP)
 
     # the tokens that are in by their position, and the slots that nothing fills
-    for first in range(block * STEP, low, n_blocks * STEP):
-        position = first + tl.arange(0, STEP)
+    for first in range(block * _FEW, low, n_blocks * _FEW):
+        position = first + tl.arange(0, _FEW)
         tl.store(indices + position, position, mask=position < tl.minimum(low, filled))
-    for first in range(high + block * STEP, length, n_blocks * STEP):
-        position = first + tl.arange(0, STEP)
+    for first in range(high + block * _FEW, length, n_blocks * _FEW):
+        position = first + tl.arange(0, _FEW)
         slot = filled - length + position
         tl.store(indices + slot, position, mask=(position < length) & (slot >= 0))
-    for first in range(filled + block * STEP, K, n_blocks * STEP):
-        slot = first + tl.arange(0, STEP)
-        tl.store(indices + slot, tl.full([STEP], -1, tl.int32), mask=slot < K)
+    for first in range(filled + block * _FEW, K, n_blocks * _FEW):
+        slot = first + tl.arange(0, _FEW)
+        tl.store(indices + slot, tl.full([_FEW], -1, tl.int32), mask=slot < K)
 
 
 def select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int | Tensor, sink: int, recent: int,
@@ -533,9 +383,23 @@ def select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: 
     return _select_tokens(planes, signatures, seq_lens, budget, None, sink, recent, K, shift)
 
 
+@functools.cache
+def _check_lanes(device: torch.device) -> None:
+    """Triton does not promise which lane holds which number, and another order would count other bins: RuntimeError if so."""
+    planes = torch.tensor([-1, 0x00FF00FF, 0x0F0F0F0F], dtype=torch.int32, device=device).view(1, 1, 3, 1)
+    signatures = (torch.arange(2048, dtype=torch.int32, device=device) * 1103515245).view(1, 1, 2048, 1)
+    limits = (None, 256, 256, 0, 0)
+    ranks, counts = _launch_score(planes, signatures, signatures.new_tensor([2000]), limits, 0, 1024, 1, 4)
+    bins = torch.arange(NUM_BINS, device=device)
+    if not torch.equal(counts[0, 0, _LEVELS.value:], (ranks[0, :, None] > bins).sum(dim=0, dtype=torch.int32)):
+        raise RuntimeError(f"Triton {triton.__version__} lays tensors out in another way than hash_kernels.py needs; "
+                           "use a version that requirements.txt allows")
+
+
 @torch.library.custom_op("hashfast::select_tokens", mutates_args=())
 def _select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int, budgets: Tensor | None, sink: int,
                    recent: int, K: int, shift: int) -> Tensor:
+    _check_lanes(planes.device)
     return _launch_select(planes, signatures, seq_lens, budget, budgets, sink, recent, K, shift,
                           **_select_parameters(signatures.shape[0] * signatures.shape[1], signatures.shape[2]))
 
@@ -546,10 +410,10 @@ def _(planes, signatures, seq_lens, budget, budgets, sink, recent, K, shift):
 
 
 def _launch_select(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int, budgets: Tensor | None, sink: int,
-                   recent: int, K: int, shift: int, *, chunk: int, step: int, n_blocks: int, levels: int, score_warps: int,
+                   recent: int, K: int, shift: int, *, chunk: int, step: int, n_blocks: int, score_warps: int,
                    compact_warps: int) -> Tensor:
     limits = (budgets, budget, K, sink, recent)
-    scored = _launch_score(planes, signatures, seq_lens, limits, shift, chunk, n_blocks, levels, score_warps)
+    scored = _launch_score(planes, signatures, seq_lens, limits, shift, chunk, n_blocks, score_warps)
     return _launch_compact(*scored, seq_lens, limits, signatures.shape[1], chunk, step, compact_warps)
 
 
@@ -563,19 +427,19 @@ def _readable(signatures: Tensor) -> int:
 
 
 def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: tuple, shift: int, chunk: int, n_blocks: int,
-                  levels: int, num_warps: int) -> tuple[Tensor, Tensor]:
-    """-> ranks uint8 [B * Hs, S rounded up] and counts int32 [B * Hs, n_blocks, levels].
+                  num_warps: int) -> tuple[Tensor, Tensor]:
+    """-> ranks uint8 [B * Hs, S rounded up] and counts int32 [B * Hs, n_blocks, 8 + 64].
 
-    limits: (budgets, budget, K, sink, recent).
+    limits: (budgets, budget, K, sink, recent). chunk: at least 256 tokens a warp.
     """
     B, HEADS, S, W = signatures.shape
     ranks_row = triton.cdiv(S, chunk) * chunk  # whole chunks, so that no access needs a mask
     ranks = torch.empty((B * HEADS, ranks_row), dtype=torch.uint8, device=planes.device)
-    counts = torch.empty((B * HEADS, n_blocks, levels), dtype=torch.int32, device=planes.device)
+    counts = torch.empty((B * HEADS, n_blocks, _LEVELS.value + NUM_BINS), dtype=torch.int32, device=planes.device)
     _score_kernel[(n_blocks, B * HEADS)](
         planes.contiguous(), checked_rows(signatures), seq_lens, ranks, counts, *limits, _readable(signatures),
         *signatures.stride()[:3], ranks_row, HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=shift, BINS=NUM_BINS,
-        PER_HEAD=limits[0] is not None, CHUNK=chunk, LEVELS=levels, EARLY=limits[4] >= 1, num_warps=num_warps,
+        PER_HEAD=limits[0] is not None, CHUNK=chunk, WARPS=num_warps, EARLY=limits[4] >= 1, num_warps=num_warps,
         launch_pdl=DEPENDENT_LAUNCH)
     return ranks, counts
 
@@ -583,15 +447,10 @@ def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: 
 def _launch_compact(ranks: Tensor, counts: Tensor, seq_lens: Tensor, limits: tuple, heads: int, chunk: int, step: int,
                     num_warps: int) -> Tensor:
     """What `_launch_score` gave, with the same limits and chunk -> indices int32 [B, Hs, K]."""
-    rows, n_blocks, levels = counts.shape
+    rows, n_blocks, _ = counts.shape
     K = limits[2]
     indices = torch.empty((rows // heads, heads, K), dtype=torch.int32, device=ranks.device)
-    shared = {"HEADS": heads, "BINS": NUM_BINS, "PER_HEAD": limits[0] is not None, "CHUNK": chunk,
-              "BLOCKS": triton.next_power_of_2(n_blocks), "launch_pdl": DEPENDENT_LAUNCH}
-    fine_counts = None
-    if levels < NUM_BINS:
-        fine_counts = torch.empty_like(counts)
-        _count_kernel[(n_blocks, rows)](seq_lens, ranks, counts, fine_counts, *limits, ranks.shape[1], num_warps=4, **shared)
-    _compact_kernel[(n_blocks, rows)](seq_lens, ranks, counts, fine_counts, indices, *limits, ranks.shape[1], STEP=step,
-                                      LEVELS=levels, num_warps=num_warps, **shared)
+    _compact_kernel[(n_blocks, rows)](
+        seq_lens, ranks, counts, indices, *limits, ranks.shape[1], HEADS=heads, BINS=NUM_BINS, PER_HEAD=limits[0] is not None,
+        CHUNK=chunk, STEP=step, BLOCKS=triton.next_power_of_2(n_blocks), num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
     return indices

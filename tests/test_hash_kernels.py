@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 import attention_kernels  # noqa: E402
 import hash_attention as reference  # noqa: E402
 import hash_kernels as kernels  # noqa: E402
+from encode_kernels import _rope_encode_append, rope_encode_append  # noqa: E402
 from hash_attention import HashConfig  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -102,7 +103,7 @@ def test_rope_encode_append(config, T, D, dtype):
     expected_caches = [None if cache is None else cache.clone() for cache in caches]
     qkv = normal(B, T, (Hq + 2 * Hkv) * D, dtype=dtype)
     seq_lens = lengths(T, 17, S)
-    q, planes = kernels.rope_encode_append(qkv, *angles(seq_lens, T, D), encoder, *caches, seq_lens)
+    q, planes = rope_encode_append(qkv, *angles(seq_lens, T, D), encoder, *caches, seq_lens)
     expected_q, expected_planes = reference.rope_encode_append_reference(
         qkv, *angles(seq_lens, T, D), encoder, *expected_caches, seq_lens)
     rounding = {"rtol": ROUNDING[dtype], "atol": ROUNDING[dtype]}
@@ -130,15 +131,12 @@ def test_encoding_zero_queries():
     encoder = encoder_for(HashConfig(), 4, 2, 64)
     encoder.query[0].bias.zero_()
     caches = normal(1, 2, 8, 64), normal(1, 2, 8, 64), random_signatures(1, 2, 8, 1)
-    _, planes = kernels.rope_encode_append(torch.zeros(1, 1, 512, device=DEVICE), *angles(lengths(5), 1, 64), encoder, *caches,
-                                           lengths(5))
+    _, planes = rope_encode_append(torch.zeros(1, 1, 512, device=DEVICE), *angles(lengths(5), 1, 64), encoder, *caches,
+                                   lengths(5))
     assert (planes == 0).all()
 
 
 # ----------------------------------------------------------------------------------------------------------------- select
-
-SMALL_BLOCKS = {"score_warps": 4, "compact_warps": 4}
-
 
 def check_select(planes, signatures, seq_lens, budget, sink, recent, K, shift, **launch):
     """Two runs, bit-equal, and the reference's set in ascending order."""
@@ -148,7 +146,7 @@ def check_select(planes, signatures, seq_lens, budget, sink, recent, K, shift, *
         if not launch:
             return kernels.select_tokens(planes, signatures, seq_lens, budget, sink, recent, K, shift)
         return kernels._launch_select(planes, signatures, seq_lens, K if budgets is not None else budget, budgets, sink, recent,
-                                      K, shift, **SMALL_BLOCKS, **launch)
+                                      K, shift, score_warps=launch["chunk"] // 256, compact_warps=4, **launch)
 
     first, second = select(), select()
     expected = reference.select_tokens_reference(planes, signatures, seq_lens, budget, sink, recent, K, shift)
@@ -169,15 +167,13 @@ def test_select(bits, query_bits, share, group):
     check_select(planes, signatures, lengths(1, 700, 2437), 300, 16, 33, 300, config.shift(group))
 
 
-@pytest.mark.parametrize("levels", [8, 64])
 @pytest.mark.parametrize(("chunk", "step", "n_blocks"), [(256, 256, 1), (256, 128, 3), (512, 256, 9)])
-def test_select_across_blocks(chunk, step, n_blocks, levels):
+def test_select_across_blocks(chunk, step, n_blocks):
     """Several steps a chunk, chunks a block and blocks a row, more blocks than tokens, and a strided view of the cache."""
     config = HashConfig()
     planes = random_planes(config, 3, 2, 3)
     signatures = random_signatures(3, 1501, 3, 2)[:, :, 1:, 1:].transpose(1, 2)  # [3, 2, 1501, 1]
-    check_select(planes, signatures, lengths(5, 777, 1501), 200, 7, 20, 200, 0, chunk=chunk, step=step, n_blocks=n_blocks,
-                 levels=levels)
+    check_select(planes, signatures, lengths(5, 777, 1501), 200, 7, 20, 200, 0, chunk=chunk, step=step, n_blocks=n_blocks)
 
 
 @pytest.mark.parametrize(("budget", "sink", "recent"), [(300, 0, 0), (300, 100, 200), (130, 0, 129), (700, 64, 128)])
@@ -187,16 +183,15 @@ def test_select_edges(budget, sink, recent):
     check_select(planes, signatures, lengths(1, sink + 1, 130, 300, 700, 701, 900), budget, sink, recent, budget + 37, 0)
 
 
-@pytest.mark.parametrize("levels", [8, 64])
 @pytest.mark.parametrize("alike", ["all", "halves"])
-def test_select_ties(alike, levels):
+def test_select_ties(alike):
     """Equal scores go by position, across chunks and blocks."""
     config = HashConfig()
     signatures = random_signatures(2, 2, 1, 1).repeat(1, 1, 1100, 1)
     if alike == "halves":
         signatures[:, :, ::2] = ~signatures[:, :, ::2]
     planes = random_planes(config, 2, 2, 3)
-    check_select(planes, signatures, lengths(1100, 901), 400, 3, 5, 400, 0, chunk=256, step=256, n_blocks=3, levels=levels)
+    check_select(planes, signatures, lengths(1100, 901), 400, 3, 5, 400, 0, chunk=256, step=256, n_blocks=3)
 
 
 def test_select_weightless_query():
@@ -342,7 +337,7 @@ def test_dense_queries_before_the_sequence():
 # --------------------------------------------------------------------------------------------------- operators and graphs
 
 def decode_step(qkv, encoder, k_cache, v_cache, signatures, seq_lens):
-    q, planes = kernels.rope_encode_append(qkv, *angles(seq_lens, 1, 64), encoder, k_cache, v_cache, signatures, seq_lens)
+    q, planes = rope_encode_append(qkv, *angles(seq_lens, 1, 64), encoder, k_cache, v_cache, signatures, seq_lens)
     indices = kernels.select_tokens(planes, signatures, seq_lens, 48, 4, 8, 48, 0)
     sparse = attention_kernels.sparse_attention(q[:, 0], k_cache, v_cache, indices)
     dense = attention_kernels.dense_attention(q, k_cache, v_cache, seq_lens)
@@ -359,9 +354,9 @@ def test_operators_are_well_formed():
     checks = ("test_schema", "test_faketensor")
     cos, sin = angles(seq_lens, 1, 64)
     weights = encoder.key[0].weight, encoder.key[0].bias, encoder.query[0].weight, encoder.query[0].bias
-    torch.library.opcheck(kernels._rope_encode_append, (qkv, cos, sin, *weights, k_cache, v_cache, signatures, seq_lens, 4, 3),
+    torch.library.opcheck(_rope_encode_append, (qkv, cos, sin, *weights, k_cache, v_cache, signatures, seq_lens, 4, 3),
                           test_utils=checks)
-    torch.library.opcheck(kernels._rope_encode_append, (qkv, cos, sin, None, None, None, None, k_cache, v_cache, None, seq_lens,
+    torch.library.opcheck(_rope_encode_append, (qkv, cos, sin, None, None, None, None, k_cache, v_cache, None, seq_lens,
                                                         0, 0), test_utils=checks)
     planes = random_planes(HashConfig(), 2, 2, 2)
     torch.library.opcheck(kernels._select_tokens, (planes, signatures, seq_lens, 48, None, 4, 8, 60, 0), test_utils=checks)
@@ -405,7 +400,7 @@ def test_offsets_over_32_bits(S: int = 2 ** 24, dtype: torch.dtype = torch.bfloa
     qkv, seq_lens = normal(2, 1, 3 * D, dtype=dtype), lengths(S, S)
     q, k, v = (x[:, None] for x in qkv.split(D, dim=-1))
     unrotated = torch.ones(2, 1, D // 2, device=DEVICE), torch.zeros(2, 1, D // 2, device=DEVICE)
-    kernels.rope_encode_append(qkv, *unrotated, None, k_cache, v_cache, None, seq_lens)
+    rope_encode_append(qkv, *unrotated, None, k_cache, v_cache, None, seq_lens)
     assert torch.equal(k_cache[:, :, -1:], k) and torch.equal(v_cache[:, :, -1:], v)
     newest = torch.full((2, 1, 1), S - 1, dtype=torch.int32, device=DEVICE)
     assert torch.equal(attention_kernels.sparse_attention(q[:, 0], k_cache, v_cache, newest)[0], v[:, 0])
