@@ -10,8 +10,6 @@ CPU tensors.
 The kernels of a step are short, so the time between them counts: on Hopper and later each is launched while the one before
 still runs (programmatic dependent launch) and waits for its results with `after_previous`.
 """
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -32,16 +30,11 @@ def splits_per_row(programs: int, rows: int, tiles: int) -> int:
 def _select_parameters(rows: int, S: int) -> dict[str, int]:
     """chunk: tokens scored at a time, 256 a warp or more; a block's range is a multiple of it.
 
-    step: tokens compacted at a time; divides chunk.
+    step: tokens compacted at a time; divides chunk.  compact_warps: more than one would take shared memory, and with as little
+    as 32 bytes of it the chain of kernels took 1 to 4 us more, 12 at 1 x 512K.
     """
-    if rows * S <= 2 ** 19:
-        programs, chunk = 256, 1024
-    elif rows * S <= 2 ** 21:
-        programs, chunk = 512, 1024
-    elif rows * S <= 2 ** 23:
-        programs, chunk = 512, 2048
-    else:
-        programs, chunk = 2048, 2048
+    chunk = 1024
+    programs = 256 if rows * S <= 2 ** 19 else 512 if rows * S <= 2 ** 23 else 2048
     n_blocks = splits_per_row(programs, rows, triton.cdiv(S, chunk))
     return {"chunk": chunk, "step": chunk, "n_blocks": n_blocks, "score_warps": 4, "compact_warps": 1}
 
@@ -115,8 +108,8 @@ def _add_scores(score, words, signs, magnitudes, P: tl.constexpr):
 
 # A histogram of 64 bins is a product of two matrices, [8, tokens] and [tokens, 8]: has a token's bin these upper three bits,
 # and these lower three? A lane of an mma holds the answers for one row, or one column, of four tokens, as bytes. It has them
-# from one `prmt`, which looks four numbers below 8 up in a table of eight bytes: 1 at the lane's own row or column. The words
-# looked up hold the lower bits of four tokens' bins in their lower half and the upper bits in their upper half.
+# from one `prmt`, which looks four numbers below 8 up in a table of eight bytes: 1 at the lane's own row or column. Numbers
+# from 8 on find zeros. Which lane has which tokens does not matter.
 _TABLE = tl.constexpr("{ .reg .b32 lane, one; .reg .pred low; mov.u32 lane, %laneid; and.b32 $2, lane, 3; "
                       "shr.u32 lane, lane, 2; setp.lt.u32 low, lane, 4; and.b32 lane, lane, 3; shl.b32 lane, lane, 3; "
                       "mov.b32 one, 1; shl.b32 one, one, lane; selp.b32 $0, one, 0, low; selp.b32 $1, 0, one, low; }")
@@ -124,43 +117,68 @@ _TABLE = tl.constexpr("{ .reg .b32 lane, one; .reg .pred low; mov.u32 lane, %lan
 
 @triton.constexpr_function
 def _histogram_code():
-    """$0-1 counts of a row and two columns, $2-3 before; $4-5 words; $6, $8 the table; $10 lane % 4."""
-    lines = [".reg .b32 from, a0, a2, b0, b1, c2, c3, zero; mov.b32 zero, 0; mov.b32 $0, $2; mov.b32 $1, $3;"]
-    for word in ("$4", "$5"):
-        for first in range(0, 32, 8):  # the words of eight lanes: 32 tokens
-            for a, b, lane in (("a0", "b0", first), ("a2", "b1", first + 4)):
-                lines += [f"add.s32 from, $10, {lane}; shfl.sync.idx.b32 from, {word}, from, 31, 0xffffffff;",
-                          f"prmt.b32 {b}, $6, $8, from; shr.u32 from, from, 16; prmt.b32 {a}, $6, $8, from;"]
-            lines += ["mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {$0, $1, c2, c3}, {a0, zero, a2, zero}, {b0, b1}, "
-                      "{$0, $1, zero, zero};"]
+    """Of eight tokens a lane. $0-7: a row's counts in two columns, of each half of the tokens, and four zeros; before: $8-15.
+
+    $16-23: a token's upper bits in the upper half of a number, the lower bits in the lower half.  $24, $32, $40: _TABLE's.
+    """
+    lines = [".reg .b32 from, word, a0, a2, b0, b1, c2, c3, zero; mov.b32 zero, 0;"]
+    for half in range(2):
+        first, sums = 16 + 4 * half, f"${2 * half}, ${2 * half + 1}"
+        lines += [f"mad.lo.s32 word, ${first + 3}, 16, ${first + 2}; mad.lo.s32 word, word, 16, ${first + 1}; "
+                  f"mad.lo.s32 word, word, 16, ${first};"]
+        for group in range(0, 32, 8):  # the words of eight lanes: 32 tokens
+            for a, b, lane in (("a0", "b0", group), ("a2", "b1", group + 4)):
+                lines += [f"add.s32 from, $40, {lane}; shfl.sync.idx.b32 from, word, from, 31, 0xffffffff; "
+                          f"prmt.b32 {b}, $24, $32, from; shr.u32 from, from, 16; prmt.b32 {a}, $24, $32, from;"]
+            lines += [f"mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {{{sums}, c2, c3}}, {{a0, zero, a2, zero}}, "
+                      f"{{b0, b1}}, {{{sums}, zero, zero}};"]
     return "{ " + " ".join(lines) + " }"
 
 
+@triton.constexpr_function
+def _store_code():
+    """Add what _histogram_code counted, $8-15, to the [8 + 64] numbers at $16: tokens of a row or a later one, and of each
+    column or a later one of the same row."""
+    lines = [".reg .b32 lane, even, odd, sum, other; .reg .b64 at; .reg .pred p; mov.u32 lane, %laneid; add.s32 even, $8, $10; "
+             "add.s32 odd, $9, $11; add.s32 sum, even, odd;"]
+    lines += [f"shfl.sync.down.b32 other|p, sum, {t}, 0x1c1f, 0xffffffff; @p add.s32 sum, sum, other;" for t in (1, 2)]
+    lines += ["mad.wide.u32 at, lane, 8, $16; red.relaxed.gpu.global.add.s32 [at + 32], sum; sub.s32 odd, sum, even; "
+              "red.relaxed.gpu.global.add.s32 [at + 36], odd;"]
+    lines += [f"shfl.sync.down.b32 other|p, sum, {lane}, 0x1f, 0xffffffff; @p add.s32 sum, sum, other;" for lane in (4, 8, 16)]
+    lines += ["and.b32 other, lane, 3; setp.eq.u32 p, other, 0; mad.wide.u32 at, lane, 1, $16; "  # lane 4 r is of row r
+              "@p red.relaxed.gpu.global.add.s32 [at], sum; // $0\n"]
+    return "{ " + " ".join(lines) + "}"
+
+
 @triton.jit
-def _add_histogram(counts, bins, CHUNK: tl.constexpr):
-    """Count bins [CHUNK], each below 64. counts [CHUNK / 4]: a lane has two of its warp's 64 sums in each pair of numbers."""
+def _add_histogram(sums, bits, CHUNK: tl.constexpr):
+    """Count bins of 6 bits, lower three at 0 and upper three at 16 of bits [CHUNK], except where bit 3 is set.
+
+    sums [CHUNK], at least eight a lane: for `_store_histogram`.
+    """
     if INTERPRETED:
-        counts += tl.histogram(bins, CHUNK // 4)
+        sums += tl.histogram((bits & 7) | (bits >> 13), CHUNK, mask=bits & 8 == 0)
     else:
-        bits = bins + (bins & 0x38) * (2 ** 13 - 1)  # bins & 7, and bins >> 3 from bit 16 on
-        words = tl.sum(tl.reshape(bits, [CHUNK // 4, 4]) << (4 * tl.arange(0, 4))[None, :], axis=1)
         table = tl.inline_asm_elementwise(_TABLE, "=&r,=&r,=&r,r", [0], dtype=(tl.int32, tl.int32, tl.int32), is_pure=True,
                                           pack=1)
-        counts = tl.inline_asm_elementwise(_histogram_code(), "=&r,=&r,r,r,r,r,r,r,r,r,r,r",
-                                           [counts, words, table[0], table[1], table[2]], dtype=tl.int32, is_pure=True, pack=2)
-    return counts
+        registers: tl.constexpr = "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,0,1,2,3,4,5,6,7" + ",r" * 32
+        sums = tl.inline_asm_elementwise(_histogram_code(), registers, [sums, bits, table[0], table[1], table[2]],
+                                         dtype=tl.int32, is_pure=True, pack=8)
+    return sums
 
 
 @triton.jit
-def _sum_histogram(counts, CHUNK: tl.constexpr, WARPS: tl.constexpr):
-    """What `_add_histogram` counted -> [64]."""
+def _store_histogram(counts, sums, CHUNK: tl.constexpr):
+    """Add what `_add_histogram` counted to counts [8 + 64]: as `_store_code` says."""
     if INTERPRETED:
-        total = tl.sum(tl.reshape(counts, [CHUNK // 256, 64]), axis=0)
+        table = tl.reshape(tl.sum(tl.reshape(sums, [CHUNK // 64, 64]), axis=0), [8, 8])
+        columns = tl.cumsum(table, axis=1, reverse=True)
+        rows = tl.cumsum(tl.sum(table, axis=1), axis=0, reverse=True)
+        tl.store(counts + tl.arange(0, 8), rows)
+        tl.store(counts + 8 + tl.arange(0, 64), tl.reshape(columns, [64]))
     else:
-        # of a warp, lane 4 g + t has columns 2 t and 2 t + 1 of row g
-        pairs = tl.sum(tl.sum(tl.reshape(counts, [CHUNK // 256 // WARPS, 2, WARPS, 32]), axis=0), axis=1)
-        total = tl.reshape(tl.permute(pairs, [1, 0]), [64])
-    return total
+        tl.inline_asm_elementwise(_store_code(), "=r,=r,=r,=r,=r,=r,=r,=r" + ",r" * 8 + ",l" * 8, [sums, counts.to(tl.int64)],
+                                  dtype=tl.int32, is_pure=False, pack=8)
 
 
 @triton.jit
@@ -182,15 +200,15 @@ def _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
     return length, low, high, filled, start, tl.minimum(start + per_block, length)
 
 
-_LEVELS = tl.constexpr(8)  # every eighth bin's counts are kept on their own as well
+_COUNTS = tl.constexpr(8 + NUM_BINS)  # of a block of tokens
 
 
 @triton.jit
 def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, K, sink, recent, S, x_b, x_h, x_s, ranks_row,
                   HEADS: tl.constexpr, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr,
-                  PER_HEAD: tl.constexpr, CHUNK: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr):
-    """The rank of every token, a byte: 1 + bin where it competes, else 0. And how many of each block's tokens are at or above
-    each eighth bin, and each bin: counts [8 + 64].
+                  PER_HEAD: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr):
+    """The rank of every token, a byte: 1 + bin where it competes, else 0. And the counts of each block, [8 + 64]: the
+    tokens that compete in each eight bins or beyond, then those in each bin or beyond in the same eight.
 
     EARLY: the first signatures are loaded while the kernel before still runs. What that one may write is the newest token's,
     which does not compete where `recent` is at least 1.
@@ -220,7 +238,9 @@ def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, 
             total += _popcount(magnitude[p]) << p
         magnitudes += (magnitude,)
     ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32))
-    histogram = tl.zeros([CHUNK // 4], tl.int32)
+    counts += (row * n_blocks + block) * _COUNTS
+    tl.store(counts + tl.arange(0, 128), 0, mask=tl.arange(0, 128) < _COUNTS)
+    sums = tl.zeros([CHUNK], tl.int32)
     for first in range(start, stop, CHUNK):
         position = tl.multiple_of(first, CHUNK) + tl.arange(0, CHUNK)
         following = ()
@@ -232,45 +252,51 @@ def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, 
             score = _add_scores(score, words[w], signs[w], magnitudes[w], P)
         bins = tl.minimum(tl.maximum(score >> SHIFT, 0), BINS - 1)
         rank = bins + 1
+        bits = bins + (bins & 0x38) * (2 ** 13 - 1)  # bins & 7, and bins >> 3 from bit 16 on
         if (first < low) | (first + CHUNK > high):
             competes = (position >= low) & (position < high)
             rank = tl.where(competes, rank, 0)
-            bins = tl.where(competes, bins, 0)  # at or above that one are all that compete
+            bits = tl.where(competes, bits, 8)
         packed = tl.sum(tl.reshape(rank, [CHUNK // 4, 4]) << (8 * tl.arange(0, 4))[None, :], axis=1)
         tl.store(ranks + first // 4 + tl.arange(0, CHUNK // 4), packed)
-        histogram = _add_histogram(histogram, bins, CHUNK)
+        sums = _add_histogram(sums, bits, CHUNK)
         words = following
-    bin = tl.arange(0, BINS)
-    at_least = tl.cumsum(_sum_histogram(histogram, CHUNK, WARPS), axis=0, reverse=True)
-    at_least = tl.where(bin == 0, tl.maximum(tl.minimum(stop, high) - tl.maximum(start, low), 0), at_least)
-    counts += (row * n_blocks + block) * (_LEVELS + BINS)
-    tl.store(counts + bin // (BINS // _LEVELS), at_least, mask=bin % (BINS // _LEVELS) == 0)
-    tl.store(counts + _LEVELS + bin, at_least)
+    tl.debug_barrier()  # other threads have written the zeros
+    _store_histogram(counts, sums, CHUNK)
 
 
 @triton.jit
-def _level(counts, stride: tl.constexpr, n_blocks, wanted, BLOCKS: tl.constexpr):
-    """The highest of 8 levels with `wanted` tokens at or above it in all blocks. counts [n_blocks, 8], rows `stride` apart."""
+def _column(counts, n_blocks, level, BLOCKS: tl.constexpr):
+    """Each block's count at one of 8 levels, [BLOCKS], zeros past the last block and level. counts: rows _COUNTS apart.
+
+    Where all levels have been read before, it comes from the L1 cache; to pick it from them would take a sum over levels.
+    """
+    block = tl.arange(0, BLOCKS)
+    return tl.load(counts + block * _COUNTS + level, mask=(block < n_blocks) & (level < 8), other=0)
+
+
+@triton.jit
+def _level(counts, n_blocks, wanted, BLOCKS: tl.constexpr):
+    """The highest of 8 levels with `wanted` tokens at or beyond it in all blocks. counts [n_blocks, 8]: rows _COUNTS apart."""
     block = tl.arange(0, BLOCKS)[:, None]
-    table = tl.load(counts + block * stride + tl.arange(0, _LEVELS)[None, :], mask=block < n_blocks, other=0)
+    table = tl.load(counts + block * _COUNTS + tl.arange(0, 8)[None, :], mask=block < n_blocks, other=0)
     return tl.maximum(tl.sum((tl.sum(table, axis=0) >= wanted).to(tl.int32), axis=0) - 1, 0)
 
 
 @triton.jit
-def _threshold(counts, n_blocks, wanted, BINS: tl.constexpr, BLOCKS: tl.constexpr):
+def _threshold(counts, n_blocks, wanted, BLOCKS: tl.constexpr):
     """The bin above which all tokens are selected, from the counts of a row as `_score_kernel` leaves them.
 
     -> it, tokens above it and at it in each block [BLOCKS], how many of the latter are selected.
     """
-    stride: tl.constexpr = _LEVELS + BINS
-    # in two steps, so that not all of the counts have to be read
-    level = _level(counts, stride, n_blocks, wanted, BLOCKS) * (BINS // _LEVELS)
-    counts += _LEVELS
-    bin = level + _level(counts + level, stride, n_blocks, wanted, BLOCKS)
-    block = tl.arange(0, BLOCKS)
-    at_least = tl.load(counts + block * stride + bin, mask=block < n_blocks, other=0)
-    above = tl.load(counts + block * stride + bin + 1, mask=(block < n_blocks) & (bin + 1 < BINS), other=0)
-    return bin, above, at_least - above, tl.maximum(wanted - tl.sum(above, axis=0), 0)
+    level = _level(counts, n_blocks, wanted, BLOCKS)
+    beyond = _column(counts, n_blocks, level + 1, BLOCKS)
+    wanted -= tl.sum(beyond, axis=0)
+    counts += 8 + 8 * level
+    bin = _level(counts, n_blocks, wanted, BLOCKS)
+    above = _column(counts, n_blocks, bin + 1, BLOCKS)
+    ties = _column(counts, n_blocks, bin, BLOCKS) - above
+    return 8 * level + bin, beyond + above, ties, tl.maximum(wanted - tl.sum(above, axis=0), 0)
 
 
 @triton.jit
@@ -337,8 +363,8 @@ _FEW = tl.constexpr(256)
 
 @triton.jit
 def _compact_kernel(seq_lens, ranks, counts, indices, budgets, budget, K, sink, recent, ranks_row,
-                    HEADS: tl.constexpr, BINS: tl.constexpr, PER_HEAD: tl.constexpr, CHUNK: tl.constexpr,
-                    STEP: tl.constexpr, BLOCKS: tl.constexpr):
+                    HEADS: tl.constexpr, PER_HEAD: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+                    BLOCKS: tl.constexpr):
     """The selected positions in ascending order: every block knows from the counts where its own begin."""
     block, n_blocks = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
@@ -351,7 +377,7 @@ def _compact_kernel(seq_lens, ranks, counts, indices, budgets, budget, K, sink, 
     indices += row * K
     words = _load_group(ranks, start + 32 * tl.arange(0, STEP // 32), stop)
     wanted = filled - (length - (high - low))
-    bin, above, ties, ties_wanted = _threshold(counts + row * n_blocks * (_LEVELS + BINS), n_blocks, wanted, BINS, BLOCKS)
+    bin, above, ties, ties_wanted = _threshold(counts + row * n_blocks * _COUNTS, n_blocks, wanted, BLOCKS)
     before = tl.arange(0, BLOCKS) < block
     _write_selected(ranks, words, indices, start, stop, 1 + bin, low + tl.sum(tl.where(before, above, 0), axis=0),
                    tl.sum(tl.where(before, ties, 0), axis=0), ties_wanted, filled, STEP)
@@ -383,23 +409,9 @@ def select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: 
     return _select_tokens(planes, signatures, seq_lens, budget, None, sink, recent, K, shift)
 
 
-@functools.cache
-def _check_lanes(device: torch.device) -> None:
-    """Triton does not promise which lane holds which number, and another order would count other bins: RuntimeError if so."""
-    planes = torch.tensor([-1, 0x00FF00FF, 0x0F0F0F0F], dtype=torch.int32, device=device).view(1, 1, 3, 1)
-    signatures = (torch.arange(2048, dtype=torch.int32, device=device) * 1103515245).view(1, 1, 2048, 1)
-    limits = (None, 256, 256, 0, 0)
-    ranks, counts = _launch_score(planes, signatures, signatures.new_tensor([2000]), limits, 0, 1024, 1, 4)
-    bins = torch.arange(NUM_BINS, device=device)
-    if not torch.equal(counts[0, 0, _LEVELS.value:], (ranks[0, :, None] > bins).sum(dim=0, dtype=torch.int32)):
-        raise RuntimeError(f"Triton {triton.__version__} lays tensors out in another way than hash_kernels.py needs; "
-                           "use a version that requirements.txt allows")
-
-
 @torch.library.custom_op("hashfast::select_tokens", mutates_args=())
 def _select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int, budgets: Tensor | None, sink: int,
                    recent: int, K: int, shift: int) -> Tensor:
-    _check_lanes(planes.device)
     return _launch_select(planes, signatures, seq_lens, budget, budgets, sink, recent, K, shift,
                           **_select_parameters(signatures.shape[0] * signatures.shape[1], signatures.shape[2]))
 
@@ -435,11 +447,11 @@ def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: 
     B, HEADS, S, W = signatures.shape
     ranks_row = triton.cdiv(S, chunk) * chunk  # whole chunks, so that no access needs a mask
     ranks = torch.empty((B * HEADS, ranks_row), dtype=torch.uint8, device=planes.device)
-    counts = torch.empty((B * HEADS, n_blocks, _LEVELS.value + NUM_BINS), dtype=torch.int32, device=planes.device)
+    counts = torch.empty((B * HEADS, n_blocks, _COUNTS.value), dtype=torch.int32, device=planes.device)
     _score_kernel[(n_blocks, B * HEADS)](
         planes.contiguous(), checked_rows(signatures), seq_lens, ranks, counts, *limits, _readable(signatures),
         *signatures.stride()[:3], ranks_row, HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=shift, BINS=NUM_BINS,
-        PER_HEAD=limits[0] is not None, CHUNK=chunk, WARPS=num_warps, EARLY=limits[4] >= 1, num_warps=num_warps,
+        PER_HEAD=limits[0] is not None, CHUNK=chunk, EARLY=limits[4] >= 1, num_warps=num_warps,
         launch_pdl=DEPENDENT_LAUNCH)
     return ranks, counts
 
@@ -451,6 +463,6 @@ def _launch_compact(ranks: Tensor, counts: Tensor, seq_lens: Tensor, limits: tup
     K = limits[2]
     indices = torch.empty((rows // heads, heads, K), dtype=torch.int32, device=ranks.device)
     _compact_kernel[(n_blocks, rows)](
-        seq_lens, ranks, counts, indices, *limits, ranks.shape[1], HEADS=heads, BINS=NUM_BINS, PER_HEAD=limits[0] is not None,
+        seq_lens, ranks, counts, indices, *limits, ranks.shape[1], HEADS=heads, PER_HEAD=limits[0] is not None,
         CHUNK=chunk, STEP=step, BLOCKS=triton.next_power_of_2(n_blocks), num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
     return indices
