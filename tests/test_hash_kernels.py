@@ -146,7 +146,7 @@ def check_select(planes, signatures, seq_lens, budget, sink, recent, K, shift, *
         if not launch:
             return kernels.select_tokens(planes, signatures, seq_lens, budget, sink, recent, K, shift)
         return kernels._launch_select(planes, signatures, seq_lens, K if budgets is not None else budget, budgets, sink, recent,
-                                      K, shift, score_warps=launch["chunk"] // 256, compact_warps=4, **launch)
+                                      K, shift, score_warps=max(1, launch["chunk"] // 512), compact_warps=4, **launch)
 
     first, second = select(), select()
     expected = reference.select_tokens_reference(planes, signatures, seq_lens, budget, sink, recent, K, shift)
@@ -167,7 +167,7 @@ def test_select(bits, query_bits, share, group):
     check_select(planes, signatures, lengths(1, 700, 2437), 300, 16, 33, 300, config.shift(group))
 
 
-@pytest.mark.parametrize(("chunk", "step", "n_blocks"), [(256, 256, 1), (256, 128, 3), (512, 256, 9)])
+@pytest.mark.parametrize(("chunk", "step", "n_blocks"), [(256, 256, 1), (256, 128, 3), (512, 256, 9), (1024, 512, 1)])
 def test_select_across_blocks(chunk, step, n_blocks):
     """Several steps a chunk, chunks a block and blocks a row, more blocks than tokens, and a strided view of the cache."""
     config = HashConfig()
@@ -279,7 +279,7 @@ def test_sparse(dtype, share, shape):
 
 @pytest.mark.parametrize("n_splits", [1, 3, 40])
 def test_sparse_splits(n_splits):
-    """One split, several tiles a split, more splits than tiles; a second run finds the counters as the first did."""
+    """One split, several tiles a split, more splits than tiles; a second run gives the same."""
     q, k_cache, v_cache = normal(2, 6, 64), normal(2, 2, 400, 64), normal(2, 2, 400, 64)
     indices = random_indices(2, 2, 250, 400)
     first = check_sparse(q, k_cache, v_cache, indices, 0.3, block_k=32, n_splits=n_splits)
