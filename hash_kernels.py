@@ -200,13 +200,14 @@ def _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
     return length, low, high, filled, start, tl.minimum(start + per_block, length)
 
 
+_BINS = tl.constexpr(NUM_BINS)  # the histogram's 8 x 8
 _COUNTS = tl.constexpr(8 + NUM_BINS)  # of a block of tokens
 
 
 @triton.jit
 def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, K, sink, recent, S, x_b, x_h, x_s, ranks_row,
-                  HEADS: tl.constexpr, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr,
-                  PER_HEAD: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr):
+                  HEADS: tl.constexpr, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, PER_HEAD: tl.constexpr,
+                  CHUNK: tl.constexpr, EARLY: tl.constexpr):
     """The rank of every token, a byte: 1 + bin where it competes, else 0. And the counts of each block, [8 + 64]: the
     tokens that compete in each eight bins or beyond, then those in each bin or beyond in the same eight.
 
@@ -250,7 +251,7 @@ def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, 
         score = tl.zeros([CHUNK], tl.int32) - total // 2
         for w in tl.static_range(W):
             score = _add_scores(score, words[w], signs[w], magnitudes[w], P)
-        bins = tl.minimum(tl.maximum(score >> SHIFT, 0), BINS - 1)
+        bins = tl.minimum(tl.maximum(score >> SHIFT, 0), _BINS - 1)
         rank = bins + 1
         bits = bins + (bins & 0x38) * (2 ** 13 - 1)  # bins & 7, and bins >> 3 from bit 16 on
         if (first < low) | (first + CHUNK > high):
@@ -451,9 +452,8 @@ def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: 
     counts = torch.empty((B * HEADS, n_blocks, _COUNTS.value), dtype=torch.int32, device=planes.device)
     _score_kernel[(n_blocks, B * HEADS)](
         planes.contiguous(), checked_rows(signatures), seq_lens, ranks, counts, *limits, _readable(signatures),
-        *signatures.stride()[:3], ranks_row, HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=shift, BINS=NUM_BINS,
-        PER_HEAD=limits[0] is not None, CHUNK=chunk, EARLY=limits[4] >= 1, num_warps=num_warps,
-        launch_pdl=DEPENDENT_LAUNCH)
+        *signatures.stride()[:3], ranks_row, HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=shift,
+        PER_HEAD=limits[0] is not None, CHUNK=chunk, EARLY=limits[4] >= 1, num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
     return ranks, counts
 
 
