@@ -1,11 +1,10 @@
-"""Triton kernels of attention. hash_attention.py holds the definitions (`*_reference`) and the symbols used here.
+"""Triton kernels of dense attention. hash_attention.py holds the definitions (`*_reference`) and the symbols used here.
 
-sparse_attention   split-K flash decoding over gathered cache rows, combine   one or two kernels
 dense_attention    split-K flash attention over the whole prefix, combine     one or two kernels
 chunk_attention    flash attention of a prompt chunk                          one kernel
 merge              attention over two sets of tokens into one                 one kernel
 
-Custom ops, as those of hash_kernels.py, which says what that is good for.
+Custom ops, as those of hash_kernels.py, which says what that is good for. sparse_kernels.py shares parts of what is here.
 """
 import torch
 import triton
@@ -19,14 +18,6 @@ from hash_kernels import DEPENDENT_LAUNCH, after_previous, checked_rows, splits_
 # Chosen by measurement on an H100 (132 multiprocessors) amid the other kernels of a step; a GPU with fewer fills up as well.
 # What stands around counts: dense programs that took more than 48 KB of shared memory left the products after them
 # (linear_kernels.py) with less L1 cache than they need.
-
-def _sparse_parameters(rows: int, K: int, element_size: int) -> dict[str, int]:
-    block_k = 64 if element_size <= 2 else 32
-    tiles = triton.cdiv(K, block_k)
-    many = rows >= 32 and rows * tiles > 512  # of few rows, 256 longer programs: 47.4 us instead of 50.9 at 1 x 512K
-    return {"block_k": block_k, "n_splits": splits_per_row(512 if many else 256, rows, tiles), "num_warps": 2,
-            "num_stages": 2 if many else 3}
-
 
 def _dense_parameters(rows: int, M: int, S: int, element_size: int) -> dict[str, int]:
     """M = G * T queries per KV head."""
@@ -125,80 +116,6 @@ def _combine(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, n_s
     # one warp: several would have to wait for each other's sums
     _combine_kernel[(rows, triton.cdiv(D, columns))](partial, partial_lse, out, lse, n_splits, D=D, COLUMNS=columns,
                                                      SPLITS=splits, num_warps=1, launch_pdl=DEPENDENT_LAUNCH)
-
-
-# ----------------------------------------------------------------------------------------------------------- attend: sparse
-
-@triton.jit
-def _sparse_attention_kernel(q, k_cache, v_cache, indices, partial, partial_lse, scale_log2, K, n_splits,
-                             tiles_per_split, q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s,
-                             HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                             BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
-    split = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    batch, head = row // HEADS, row % HEADS
-    member = tl.arange(0, BLOCK_G)
-    column = tl.arange(0, BLOCK_D)[None, :]
-    indices += row * K
-    k_cache += batch * k_b + (head // HEADS_PER_KV) * k_h
-    v_cache += batch * v_b + (head // HEADS_PER_KV) * v_h
-    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    first_tile = split * tiles_per_split
-    after_previous()
-    queries = tl.load(q + batch * q_b + (head * G + member)[:, None] * q_h + column,
-                      mask=(member < G)[:, None] & (column < D), other=0.0)
-    for tile in range(first_tile, tl.minimum(first_tile + tiles_per_split, tl.cdiv(K, BLOCK_K))):
-        slot = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-        position = tl.load(indices + slot, mask=slot < K, other=-1).to(tl.int64)
-        valid = position >= 0
-        # an unused slot loads nothing, so a tile of -1 costs no memory traffic, and its zeros meet weights of 0
-        mask = valid[:, None] & (column < D)
-        k = tl.load(k_cache + position[:, None] * k_s + column, mask=mask, other=0.0)
-        v = tl.load(v_cache + position[:, None] * v_s + column, mask=mask, other=0.0)
-        top, total, acc = _attend(queries, k, v, valid[None, :], top, total, acc, scale_log2, True, PRECISION)
-    value, value_lse = _finish(top, total, acc)
-    _store_rows(partial, partial_lse, (row * G + member) * n_splits + split, member < G, value, value_lse, D, BLOCK_D)
-
-
-def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor,
-                     scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """`hash_attention.sparse_attention_reference`.
-
-    q [B, Hq, D], k_cache and v_cache [B, Hkv, S, D], indices int32 [B, Hs, K] -> out [B, Hq, D], lse float32 [B, Hq].
-    """
-    return _sparse_attention(q, k_cache, v_cache, indices, q.shape[-1] ** -0.5 if scale is None else scale)
-
-
-@torch.library.custom_op("hashfast::sparse_attention", mutates_args=())
-def _sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    B, HEADS, K = indices.shape
-    return _launch_sparse(q, k_cache, v_cache, indices, scale, **_sparse_parameters(B * HEADS, K, k_cache.element_size()))
-
-
-@_sparse_attention.register_fake
-def _(q, k_cache, v_cache, indices, scale):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-
-
-def _launch_sparse(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float, *, block_k: int, n_splits: int,
-                   num_warps: int, num_stages: int) -> tuple[Tensor, Tensor]:
-    B, Hq, D = q.shape
-    HEADS, K = indices.shape[1:]
-    G = Hq // HEADS
-    out = torch.empty((B, Hq, D), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, Hq), dtype=torch.float32, device=q.device)
-    partial, partial_lse = _partial(out, lse, n_splits)
-    _sparse_attention_kernel[(n_splits, B * HEADS)](
-        checked_rows(q), checked_rows(k_cache), checked_rows(v_cache), indices.contiguous(), partial, partial_lse,
-        scale * 1.4426950408889634, K, n_splits, triton.cdiv(triton.cdiv(K, block_k), n_splits),  # scores in base 2: log2 e
-        *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        HEADS=HEADS, HEADS_PER_KV=HEADS // k_cache.shape[1], G=G, D=D, BLOCK_G=max(16, triton.next_power_of_2(G)),
-        BLOCK_K=block_k, BLOCK_D=_block_d(D), PRECISION=_precision(q),
-        num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT_LAUNCH)
-    _combine(partial, partial_lse, out, lse, n_splits)
-    return out, lse
 
 
 def _block_d(D: int) -> int:

@@ -11,7 +11,7 @@ linear encoders and summed Hamming distance over a group. What goes past them: o
 its group, and a query of several bits, so that a bit counts as much as the query is sure of it.
 
 Every public function has a plain-PyTorch twin `*_reference`, which is the definition. On a GPU the Triton kernels of
-encode_kernels.py, hash_kernels.py and attention_kernels.py run instead; on a CPU the reference itself runs.
+encode_kernels.py, hash_kernels.py, sparse_kernels.py and attention_kernels.py run instead; on a CPU the reference itself runs.
 
 Symbols: B batch, S cache length, N current length (`seq_lens`, int32 [B], the newest token included), Hq query heads, Hkv
 key/value heads, G = Hq / Hkv, D head_dim, b signature bits, W = b / 32 words, Hs signature heads, P magnitude planes,
@@ -369,8 +369,8 @@ def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tenso
                      scale: float | None = None) -> tuple[Tensor, Tensor]:
     """`sparse_attention_reference`, by the Triton kernel where the tensors are on a GPU."""
     if q.is_cuda:
-        import attention_kernels
-        return attention_kernels.sparse_attention(q, k_cache, v_cache, indices, scale)
+        import sparse_kernels
+        return sparse_kernels.sparse_attention(q, k_cache, v_cache, indices, scale)
     return sparse_attention_reference(q, k_cache, v_cache, indices, scale)
 
 

@@ -42,6 +42,7 @@ def _select_parameters(rows: int, S: int) -> dict[str, int]:
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 DEPENDENT_LAUNCH = not triton.knobs.runtime.interpret and torch.cuda.get_device_capability() >= (9, 0)
 _WAITS = tl.constexpr(DEPENDENT_LAUNCH)
+_BINS = tl.constexpr(NUM_BINS)  # the histogram's 8 x 8
 
 
 @triton.jit
@@ -82,56 +83,101 @@ def _popcount(x):
 _MASKS = tl.constexpr("{ .reg .b32 lane, word, owner; .reg .pred p; mov.u32 lane, %laneid; and.b32 word, lane, 4; "
                       "setp.ne.u32 p, word, 0; selp.b32 $0, $2, $1, p; and.b32 word, lane, 3; shr.u32 owner, lane, 3; "
                       "setp.eq.u32 p, word, owner; selp.b32 $0, $0, 0, p; }")
-_COUNT = tl.constexpr("{ .reg .b32 x0, x1, c0, c1, c2, c3, zero; mov.b32 zero, 0; "
-                      "lop3.b32 x0, $4, $6, 0, 0xC3; lop3.b32 x1, $5, $6, 0, 0xC3; "  # ~(a ^ b)
-                      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {c0, c1, c2, c3}, {x0, x1}, {$8}, "
-                      "{$2, zero, $3, zero}; shl.b32 c1, c1, 1; shl.b32 c3, c3, 1; add.s32 $0, c0, c1; add.s32 $1, c2, c3; }")
+
+
+@triton.constexpr_function
+def _count_code(TWICE):
+    """$0-1, $2-3: the counts by two planes of two tokens' words, $8-9, where they agree with $10. Before: $4-5, $6-7.
+
+    $12: the planes, as _MASKS gives them.  TWICE: two more, $14, each counted twice with one of the first.
+    """
+    mma = "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {c0, c1, c2, c3}, {x0, x1}, {%s}, {c0, c1, c2, c3}; "
+    return ("{ .reg .b32 x0, x1, c0, c1, c2, c3; lop3.b32 x0, $8, $10, 0, 0xC3; lop3.b32 x1, $9, $10, 0, 0xC3; "  # ~(a ^ b)
+            "mov.b32 c0, $4; mov.b32 c1, $6; mov.b32 c2, $5; mov.b32 c3, $7; " + mma % "$12" + TWICE * 2 * (mma % "$14")
+            + "mov.b32 $0, c0; mov.b32 $2, c1; mov.b32 $1, c2; mov.b32 $3, c3; }")
 
 
 @triton.jit
-def _add_scores(score, words, signs, magnitudes, P: tl.constexpr):
-    """score [N] plus the summed weights of the bits where words [N] and signs agree. magnitudes: P planes of the weights."""
+def _masks(magnitudes, first: tl.constexpr, second: tl.constexpr, P: tl.constexpr):
+    """Two of P planes of a word, zeros for those past the last; differs by lane, though Triton takes it for one number."""
+    a = magnitudes[first] if first < P else 0
+    b = magnitudes[second] if second < P else 0
+    return tl.inline_asm_elementwise(_MASKS, "=&r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _weigh(words, signs, magnitudes, FIRST: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
+    """What up to four planes from FIRST on add to the scores.
+
+    Of four planes, 0 and, twice, 1 make one sum, 2 and, twice, 3 the other, which counts four times: tensor cores have time.
+    """
+    TWICE: tl.constexpr = P - FIRST > 2
+    low = tl.zeros_like(words[0])
+    high = low
+    for w in tl.static_range(W):
+        once = _masks(magnitudes[w], FIRST, FIRST + (2 if TWICE else 1), P)
+        twice = _masks(magnitudes[w], FIRST + 1, FIRST + 3, P)
+        low, high = tl.inline_asm_elementwise(_count_code(TWICE), "=&r,=&r,=&r,=&r" + ",r" * 12,
+                                              [low, high, words[w], signs[w], once, twice],
+                                              dtype=(tl.int32, tl.int32), is_pure=True, pack=2)
+    return (low + (high << (2 if TWICE else 1))) << FIRST
+
+
+@triton.jit
+def _add_scores(score, words, signs, magnitudes, P: tl.constexpr, W: tl.constexpr):
+    """score [N] plus the summed weights of the bits where words W x [N] and signs agree. magnitudes: W x P planes of them."""
     if INTERPRETED:
-        for p in tl.static_range(P):
-            score += _popcount(~(words ^ signs) & magnitudes[p]) << p
+        for w in tl.static_range(W):
+            for p in tl.static_range(P):
+                score += _popcount(~(words[w] ^ signs[w]) & magnitudes[w][p]) << p
     else:
-        for p in tl.static_range(0, P, 2):
-            # differs by lane, though Triton takes it for one number
-            masks = tl.inline_asm_elementwise(_MASKS, "=&r,r,r", [magnitudes[p], magnitudes[p + 1] if p + 1 < P else 0],
-                                              dtype=tl.int32, is_pure=True, pack=1)
-            before = score if p == 0 else tl.zeros_like(score)
-            count = tl.inline_asm_elementwise(_COUNT, "=&r,=&r,r,r,r,r,r,r,r,r", [before, words, signs, masks], dtype=tl.int32,
-                                              is_pure=True, pack=2)
-            score = count if p == 0 else score + (count << p)
+        for first in tl.static_range(0, P, 4):
+            score += _weigh(words, signs, magnitudes, first, P, W)
     return score
+
+
+# Of four tokens: saturated to bytes, of which the upper six bits are the bin; 64 plus those.
+_RANKS = tl.constexpr("{ .reg .b32 x; cvt.pack.sat.u8.s32.b32 x, $4, $3, 0; cvt.pack.sat.u8.s32.b32 x, $2, $1, x; "
+                      "shr.u32 x, x, 2; lop3.b32 $0, x, 0x3F3F3F3F, 0x40404040, 0xEA; }")  # (a & b) | c
+
+
+@triton.jit
+def _ranks(score, SHIFT: tl.constexpr):
+    """uint8: NUM_BINS plus the bin of each score, clamp(score >> SHIFT, 0, 63)."""
+    if INTERPRETED:
+        ranks = (tl.minimum(tl.maximum(score >> SHIFT, 0), _BINS - 1) + _BINS).to(tl.uint8)
+    else:
+        byte = score << (2 - SHIFT) if SHIFT < 2 else score >> (SHIFT - 2)
+        ranks = tl.inline_asm_elementwise(_RANKS, "=r,r,r,r,r", [byte], dtype=tl.uint8, is_pure=True, pack=4)
+    return ranks
 
 
 # A histogram of 64 bins is a product of two matrices, [8, tokens] and [tokens, 8]: has a token's bin these upper three bits,
 # and these lower three? A lane of an mma holds the answers for one row, or one column, of four tokens, as bytes. It has them
-# from one `prmt`, which looks four numbers below 8 up in a table of eight bytes: 1 at the lane's own row or column. Numbers
-# from 8 on find zeros. Which lane has which tokens does not matter; the sums stay in the lane that has them.
-_TABLE = tl.constexpr("{ .reg .b32 lane, one; .reg .pred low; mov.u32 lane, %laneid; and.b32 $2, lane, 3; "
+# from one `prmt`, which looks four numbers below 8 up in a table of eight bytes: 1 at the lane's own row or column. For
+# numbers from 8 on it repeats a byte's sign, so they find zeros. Which lane has which tokens does not matter; the sums stay in
+# the lane that has them.
+_TABLE = tl.constexpr("{ .reg .b32 lane, one; .reg .pred low; mov.u32 lane, %laneid; "
                       "shr.u32 lane, lane, 2; setp.lt.u32 low, lane, 4; and.b32 lane, lane, 3; shl.b32 lane, lane, 3; "
                       "mov.b32 one, 1; shl.b32 one, one, lane; selp.b32 $0, one, 0, low; selp.b32 $1, 0, one, low; }")
 
 
 @triton.constexpr_function
 def _histogram_code():
-    """Of eight tokens a lane. $0-7: a row's counts in two columns, of each half of the tokens, and four zeros; before: $8-15.
-
-    $16-23: a token's upper bits in the upper half of a number, the lower bits in the lower half.  $24, $32, $40: _TABLE's.
+    """Of eight tokens a lane, whose ranks are $16-17. $0-7: a row's counts in two columns, four times, of a quarter of the
+    tokens each; before: $8-15.  $18, $26: _TABLE's.
     """
-    lines = [".reg .b32 from, word, a0, a2, b0, b1, c2, c3, zero; mov.b32 zero, 0;"]
+    lines = [".reg .b32 upper, lower, word, a, b;"]
     for half in range(2):
-        first, sums = 16 + 4 * half, f"${2 * half}, ${2 * half + 1}"
-        lines += [f"mad.lo.s32 word, ${first + 3}, 16, ${first + 2}; mad.lo.s32 word, word, 16, ${first + 1}; "
-                  f"mad.lo.s32 word, word, 16, ${first};"]
-        for group in range(0, 32, 8):  # the words of eight lanes: 32 tokens
-            for a, b, lane in (("a0", "b0", group), ("a2", "b1", group + 4)):
-                lines += [f"add.s32 from, $40, {lane}; shfl.sync.idx.b32 from, word, from, 31, 0xffffffff; "
-                          f"prmt.b32 {b}, $24, $32, from; shr.u32 from, from, 16; prmt.b32 {a}, $24, $32, from;"]
-            lines += [f"mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {{{sums}, c2, c3}}, {{a0, zero, a2, zero}}, "
-                      f"{{b0, b1}}, {{{sums}, zero, zero}};"]
+        # four tokens in a word: the lower bits of their bins in its lower half, the upper bits, 8 for a rank of 0, in its upper
+        lines += [f"and.b32 lower, ${16 + half}, 0x07070707; shr.u32 upper, ${16 + half}, 3; "
+                  "lop3.b32 upper, upper, 0x0F0F0F0F, 0x08080808, 0x6A; "  # (a & b) ^ c
+                  "mul.lo.s32 lower, lower, 4097; mul.lo.s32 upper, upper, 4097; prmt.b32 word, lower, upper, 0x7531;"]
+        for group in range(8):  # the words of four lanes: 16 tokens
+            sums = ", ".join(f"${4 * half + 2 * (group % 2) + i}" for i in range(2))
+            lines += [f"shfl.sync.idx.b32 b, word, {4 * group}, 0x31f, 0xffffffff; shr.u32 a, b, 16; "
+                      "prmt.b32 a, $18, $26, a; prmt.b32 b, $18, $26, b; "
+                      f"mma.sync.aligned.m8n8k16.row.col.s32.u8.u8.s32 {{{sums}}}, {{a}}, {{b}}, {{{sums}}};"]
     return "{ " + " ".join(lines) + " }"
 
 
@@ -139,8 +185,10 @@ def _histogram_code():
 def _store_code():
     """Add what _histogram_code counted, $8-15, to the [8 + 64] numbers at $16: tokens of a row or a later one, and of each
     column or a later one of the same row. $0-7, which Triton asks for, stay as they are."""
-    lines = [".reg .b32 lane, even, odd, sum, other; .reg .b64 at; .reg .pred p; mov.u32 lane, %laneid; add.s32 even, $8, $10; "
-             "add.s32 odd, $9, $11; add.s32 sum, even, odd;"]
+    lines = [".reg .b32 lane, even, odd, sum, other; .reg .b64 at; .reg .pred p; mov.u32 lane, %laneid; mov.b32 even, $8; "
+             "mov.b32 odd, $9;"]
+    lines += [f"add.s32 even, even, ${i}; add.s32 odd, odd, ${i + 1};" for i in (10, 12, 14)]
+    lines += ["add.s32 sum, even, odd;"]
     lines += [f"shfl.sync.down.b32 other|p, sum, {t}, 0x1c1f, 0xffffffff; @p add.s32 sum, sum, other;" for t in (1, 2)]
     lines += ["mad.wide.u32 at, lane, 8, $16; red.relaxed.gpu.global.add.s32 [at + 32], sum; sub.s32 odd, sum, even; "
               "red.relaxed.gpu.global.add.s32 [at + 36], odd;"]
@@ -151,18 +199,18 @@ def _store_code():
 
 
 @triton.jit
-def _add_histogram(sums, bits, CHUNK: tl.constexpr):
-    """Count bins of 6 bits, lower three at 0 and upper three at 16 of bits [CHUNK], except where bit 3 is set.
+def _add_histogram(sums, ranks, CHUNK: tl.constexpr):
+    """Count the bins of ranks [CHUNK], as `_ranks` gives them, but zeros.
 
     sums [CHUNK], at least eight a lane: for `_store_histogram`. Their layout must not change on the way there.
     """
     if INTERPRETED:
-        sums += tl.histogram((bits & 7) | (bits >> 13), CHUNK, mask=bits & 8 == 0)
+        ranks = ranks.to(tl.int32)
+        sums += tl.histogram(ranks - _BINS, CHUNK, mask=ranks >= _BINS)
     else:
-        table = tl.inline_asm_elementwise(_TABLE, "=&r,=&r,=&r,r", [0], dtype=(tl.int32, tl.int32, tl.int32), is_pure=True,
-                                          pack=1)
-        registers: tl.constexpr = "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,0,1,2,3,4,5,6,7" + ",r" * 32
-        sums = tl.inline_asm_elementwise(_histogram_code(), registers, [sums, bits, table[0], table[1], table[2]],
+        table = tl.inline_asm_elementwise(_TABLE, "=&r,=&r,r", [0], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+        registers: tl.constexpr = "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,0,1,2,3,4,5,6,7" + ",r" * 18
+        sums = tl.inline_asm_elementwise(_histogram_code(), registers, [sums, ranks, table[0], table[1]],
                                          dtype=tl.int32, is_pure=True, pack=8)
     return sums
 
@@ -200,7 +248,6 @@ def _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
     return length, low, high, filled, start, tl.minimum(start + per_block, length)
 
 
-_BINS = tl.constexpr(NUM_BINS)  # the histogram's 8 x 8
 _COUNTS = tl.constexpr(8 + NUM_BINS)  # of a block of tokens
 
 
@@ -208,7 +255,7 @@ _COUNTS = tl.constexpr(8 + NUM_BINS)  # of a block of tokens
 def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, K, sink, recent, S, x_b, x_h, x_s, ranks_row,
                   HEADS: tl.constexpr, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, PER_HEAD: tl.constexpr,
                   CHUNK: tl.constexpr, EARLY: tl.constexpr):
-    """The rank of every token, a byte: 1 + bin where it competes, else 0. And the counts of each block, [8 + 64]: the
+    """The rank of every token, a byte: 64 + bin where it competes, else 0. And the counts of each block, [8 + 64]: the
     tokens that compete in each eight bins or beyond, then those in each bin or beyond in the same eight.
 
     EARLY: the first signatures are loaded while the kernel before still runs. What that one may write is the newest token's,
@@ -238,7 +285,7 @@ def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, 
             magnitude += (tl.load(planes + (1 + p) * W + w),)
             total += _popcount(magnitude[p]) << p
         magnitudes += (magnitude,)
-    ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32))
+    ranks += row * ranks_row
     counts += (row * n_blocks + block) * _COUNTS
     tl.store(counts + tl.arange(0, 128), 0, mask=tl.arange(0, 128) < _COUNTS)
     sums = tl.zeros([CHUNK], tl.int32)
@@ -248,19 +295,12 @@ def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, 
         for w in tl.static_range(W):
             following += (tl.load(signatures + (position + CHUNK).to(tl.int64) * x_s + w,
                                   mask=(position + CHUNK < S) & (first + CHUNK < stop), other=0),)
-        score = tl.zeros([CHUNK], tl.int32) - total // 2
-        for w in tl.static_range(W):
-            score = _add_scores(score, words[w], signs[w], magnitudes[w], P)
-        bins = tl.minimum(tl.maximum(score >> SHIFT, 0), _BINS - 1)
-        rank = bins + 1
-        bits = bins + (bins & 0x38) * (2 ** 13 - 1)  # bins & 7, and bins >> 3 from bit 16 on
+        score = _add_scores(tl.zeros([CHUNK], tl.int32) - total // 2, words, signs, magnitudes, P, W)
+        rank = _ranks(score, SHIFT)
         if (first < low) | (first + CHUNK > high):
-            competes = (position >= low) & (position < high)
-            rank = tl.where(competes, rank, 0)
-            bits = tl.where(competes, bits, 8)
-        packed = tl.sum(tl.reshape(rank, [CHUNK // 4, 4]) << (8 * tl.arange(0, 4))[None, :], axis=1)
-        tl.store(ranks + first // 4 + tl.arange(0, CHUNK // 4), packed)
-        sums = _add_histogram(sums, bits, CHUNK)
+            rank = tl.where((position >= low) & (position < high), rank, 0)
+        tl.store(ranks + position, rank)
+        sums = _add_histogram(sums, rank, CHUNK)
         words = following
     tl.debug_barrier()  # other threads have written the zeros
     _store_histogram(counts, sums, CHUNK)
@@ -380,7 +420,7 @@ def _compact_kernel(seq_lens, ranks, counts, indices, budgets, budget, K, sink, 
     wanted = filled - (length - (high - low))
     bin, above, ties, ties_wanted = _threshold(counts + row * n_blocks * _COUNTS, n_blocks, wanted, BLOCKS)
     before = tl.arange(0, BLOCKS) < block
-    _write_selected(ranks, words, indices, start, stop, 1 + bin, low + tl.sum(tl.where(before, above, 0), axis=0),
+    _write_selected(ranks, words, indices, start, stop, _BINS + bin, low + tl.sum(tl.where(before, above, 0), axis=0),
                    tl.sum(tl.where(before, ties, 0), axis=0), ties_wanted, filled, STEP)
 
     # the tokens that are in by their position, and the slots that nothing fills

@@ -4,6 +4,7 @@ The kernel always runs before the reference, so that memory the reference left b
 """
 import itertools
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ pytest.importorskip("triton")
 import attention_kernels  # noqa: E402
 import hash_attention as reference  # noqa: E402
 import hash_kernels as kernels  # noqa: E402
+import sparse_kernels  # noqa: E402
 from encode_kernels import _rope_encode_append, rope_encode_append  # noqa: E402
 from hash_attention import HashConfig  # noqa: E402
 
@@ -248,11 +250,8 @@ def poison_unselected(cache: torch.Tensor, indices: torch.Tensor) -> None:
     cache.masked_fill_(~selected[..., :S].unflatten(1, (Hkv, -1)).any(dim=2)[..., None], float("nan"))
 
 
-def check_sparse(q, k_cache, v_cache, indices, scale=None, **launch):
-    if launch:
-        got = attention_kernels._launch_sparse(q, k_cache, v_cache, indices, scale, num_warps=4, num_stages=2, **launch)
-    else:
-        got = attention_kernels.sparse_attention(q, k_cache, v_cache, indices, scale)
+def check_sparse(q, k_cache, v_cache, indices, scale=None, attend=sparse_kernels.sparse_attention):
+    got = attend(q, k_cache, v_cache, indices, scale)
     expected = reference.sparse_attention_reference(q.float(), k_cache.float(), v_cache.float(), indices, scale)
     assert_close(got, expected, q.dtype)
     return got
@@ -282,9 +281,34 @@ def test_sparse_splits(n_splits):
     """One split, several tiles a split, more splits than tiles; a second run gives the same."""
     q, k_cache, v_cache = normal(2, 6, 64), normal(2, 2, 400, 64), normal(2, 2, 400, 64)
     indices = random_indices(2, 2, 250, 400)
-    first = check_sparse(q, k_cache, v_cache, indices, 0.3, block_k=32, n_splits=n_splits)
-    second = check_sparse(q, k_cache, v_cache, indices, 0.3, block_k=32, n_splits=n_splits)
+    attend = partial(sparse_kernels._launch_in_tiles, block_k=32, n_splits=n_splits, num_warps=4, num_stages=2)
+    first, second = (check_sparse(q, k_cache, v_cache, indices, 0.3, attend) for _ in range(2))
     assert all(map(torch.equal, first, second))
+
+
+@gpu_only
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("G", "D"), [(1, 128), (3, 64), (8, 128)])
+@pytest.mark.parametrize("n_splits", [1, 3, 40])
+def test_sparse_in_registers(n_splits, G, D, dtype):
+    """As above, of the kernel for 16-bit caches, with unused slots first, last and through whole splits; next to NaN."""
+    q, k_cache, v_cache = (normal(3, heads, 400, D, dtype=dtype) for heads in (2 * G, 2, 2))
+    indices = random_indices(3, 2, 250, 400)
+    indices[0, 0] = -1
+    indices[0, 1, :40] = -1
+    indices[1, 0, 30:] = -1
+    for cache in (k_cache, v_cache):
+        poison_unselected(cache, indices)
+    attend = partial(sparse_kernels._launch_in_registers, n_splits=n_splits)
+    first, second = (check_sparse(q[:, :, 7], k_cache, v_cache, indices, 0.3, attend) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_sparse_rows_at_odd_places():
+    """Rows that do not begin at multiples of 16 bytes cannot be loaded in chunks of 16."""
+    q, k_cache, v_cache = (normal(2, heads, 300, 65, dtype=torch.float16)[..., 1:] for heads in (6, 2, 2))
+    assert not sparse_kernels._in_chunks(q[:, :, 0], k_cache, v_cache)
+    check_sparse(q[:, :, 0], k_cache, v_cache, random_indices(2, 2, 90, 300))
 
 
 def test_sparse_large_scores():
@@ -339,7 +363,7 @@ def test_dense_queries_before_the_sequence():
 def decode_step(qkv, encoder, k_cache, v_cache, signatures, seq_lens):
     q, planes = rope_encode_append(qkv, *angles(seq_lens, 1, 64), encoder, k_cache, v_cache, signatures, seq_lens)
     indices = kernels.select_tokens(planes, signatures, seq_lens, 48, 4, 8, 48, 0)
-    sparse = attention_kernels.sparse_attention(q[:, 0], k_cache, v_cache, indices)
+    sparse = sparse_kernels.sparse_attention(q[:, 0], k_cache, v_cache, indices)
     dense = attention_kernels.dense_attention(q, k_cache, v_cache, seq_lens)
     return indices, *sparse, *dense
 
@@ -362,7 +386,7 @@ def test_operators_are_well_formed():
     torch.library.opcheck(kernels._select_tokens, (planes, signatures, seq_lens, 48, None, 4, 8, 60, 0), test_utils=checks)
     indices = kernels.select_tokens(planes, signatures, seq_lens, 48, 4, 8, 60, 0)
     q = normal(2, 1, 4, 64)
-    torch.library.opcheck(attention_kernels._sparse_attention, (q[:, 0], k_cache, v_cache, indices, 0.125), test_utils=checks)
+    torch.library.opcheck(sparse_kernels._sparse_attention, (q[:, 0], k_cache, v_cache, indices, 0.125), test_utils=checks)
     torch.library.opcheck(attention_kernels._dense_attention, (q, k_cache, v_cache, seq_lens, 0.125), test_utils=checks)
 
 
@@ -403,12 +427,12 @@ def test_offsets_over_32_bits(S: int = 2 ** 24, dtype: torch.dtype = torch.bfloa
     rope_encode_append(qkv, *unrotated, None, k_cache, v_cache, None, seq_lens)
     assert torch.equal(k_cache[:, :, -1:], k) and torch.equal(v_cache[:, :, -1:], v)
     newest = torch.full((2, 1, 1), S - 1, dtype=torch.int32, device=DEVICE)
-    assert torch.equal(attention_kernels.sparse_attention(q[:, 0], k_cache, v_cache, newest)[0], v[:, 0])
+    assert torch.equal(sparse_kernels.sparse_attention(q[:, 0], k_cache, v_cache, newest)[0], v[:, 0])
 
     k_cache[:, :, -tail:] = 8 * normal(2, 1, tail, D, dtype=dtype)  # large scores outweigh the many zeros before
     v_cache[:, :, -tail:] = normal(2, 1, tail, D, dtype=dtype)
     last = torch.arange(tail, dtype=torch.int32, device=DEVICE).expand(2, 1, tail)
-    got = attention_kernels.sparse_attention(q[:, 0], k_cache, v_cache, last + (S - tail))
+    got = sparse_kernels.sparse_attention(q[:, 0], k_cache, v_cache, last + (S - tail))
     out, lse = attention_kernels.dense_attention(q, k_cache, v_cache, seq_lens)
     ends = (cache[:, :, -tail:].float() for cache in (k_cache, v_cache))
     tail_out, tail_lse = reference.sparse_attention_reference(q[:, 0].float(), *ends, last)
