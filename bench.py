@@ -177,13 +177,14 @@ def bench_attention(case: str, mode: str, heads: tuple[int, int, int], bandwidth
     limits = (None, budget, budget, SINK, RECENT)
     parameters = hash_kernels._select_parameters(batch * encoder.n_signature_head, context)
     score_parameters = (parameters["chunk"], parameters["n_blocks"], parameters["score_warps"])
-    compact_parameters = (parameters["chunk"], parameters["step"], parameters["compact_warps"])
+    compact_parameters = (parameters["chunk"], parameters["compact_warps"])
 
     def score(i: int) -> tuple[Tensor, Tensor]:
         return hash_kernels._launch_score(planes, signatures[i], seq_lens, limits, encoder.shift, *score_parameters)
 
     def select(i: int) -> Tensor:
-        return hash_kernels.select_tokens(planes, signatures[i], seq_lens, budget, SINK, RECENT, budget, encoder.shift)
+        return hash_kernels.select_tokens(planes, signatures[i], seq_lens, budget, SINK, RECENT, budget, encoder.shift,
+                                          caches[i])
 
     scored = score(0)
     indices = [select(i) for i in range(copies)]
@@ -198,7 +199,7 @@ def bench_attention(case: str, mode: str, heads: tuple[int, int, int], bandwidth
         "encode_us": timed(lambda i: encode(qkv, cos, sin, encoders[i], *caches[i], signatures[i], seq_lens)),
         "score_us": timed(score),
         "select_us": timed(lambda i: hash_kernels._launch_compact(*scored, seq_lens, limits, encoder.n_signature_head,
-                                                                  *compact_parameters)),
+                                                                  *caches[i], *compact_parameters)),
         "attend_us": timed(lambda i: sparse_attention(q, *caches[i], indices[i])),
         "total_us": timed(lambda i: sparse_attention(q, *caches[i], select(i))),
         "topk_us": timed(lambda i: half_scores.topk(budget, dim=-1, sorted=False)),

@@ -357,11 +357,14 @@ def rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, encoder: HashEncod
 
 
 def select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int | Tensor, sink: int, recent: int,
-                  K: int | None = None, shift: int = 0) -> Tensor:
-    """`select_tokens_reference`, by the Triton kernels where the tensors are on a GPU."""
+                  K: int | None = None, shift: int = 0, caches: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """`select_tokens_reference`, by the Triton kernels where the tensors are on a GPU.
+
+    caches: the keys and values that attention reads next, so that it finds what is selected in the L2 cache.
+    """
     if signatures.is_cuda:
         import hash_kernels
-        return hash_kernels.select_tokens(planes, signatures, seq_lens, budget, sink, recent, _slots(budget, K), shift)
+        return hash_kernels.select_tokens(planes, signatures, seq_lens, budget, sink, recent, _slots(budget, K), shift, caches)
     return select_tokens_reference(planes, signatures, seq_lens, budget, sink, recent, K, shift)
 
 

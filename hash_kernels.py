@@ -2,7 +2,7 @@
 
 select_tokens   score and count all tokens, write the positions of the best   two kernels
 
-encode_kernels.py holds what goes before and attention_kernels.py what follows. The functions of these files are torch.library
+encode_kernels.py holds what goes before and sparse_kernels.py what follows. The functions of these files are torch.library
 custom ops: torch.compile(fullgraph=True) keeps each whole, and a CUDA graph can capture it, for nothing here waits for the
 device: shapes are static and lengths are read on the device. With TRITON_INTERPRET=1 set before triton is imported, the same
 functions run on CPU tensors.
@@ -28,15 +28,19 @@ def splits_per_row(programs: int, rows: int, tiles: int) -> int:
 
 
 def _select_parameters(rows: int, S: int) -> dict[str, int]:
-    """chunk: tokens scored at a time, 256 a warp or more; a block's range is a multiple of it.
+    """chunk: tokens scored, then compacted, at a time, 256 a scoring warp or more; a block's range is a multiple of it.
 
-    step: tokens compacted at a time; divides chunk.  compact_warps: more than one would take shared memory, and with as little
+    compact_warps: more than one would take shared memory, and with as little
     as 32 bytes of it the chain of kernels took 1 to 4 us more, 12 at 1 x 512K.
     """
     chunk = 1024
-    programs = 256 if rows * S <= 2 ** 19 else 512 if rows * S <= 2 ** 23 else 2048
+    programs = 256 if rows * S <= 2 ** 19 else 512 if rows * S <= 2 ** 23 else 4096
     n_blocks = min(splits_per_row(programs, rows, triton.cdiv(S, chunk)), 256)  # the second kernel reads the counts of all
-    return {"chunk": chunk, "step": chunk, "n_blocks": n_blocks, "score_warps": 4, "compact_warps": 1}
+    return {"chunk": chunk, "n_blocks": n_blocks, "score_warps": 4, "compact_warps": 1}
+
+
+# Keys that selection asks for must fit into the L2 cache beside all else.
+_ASKED_BYTES = 2 ** 25
 
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -368,19 +372,30 @@ def _bits(words, rank):
 
 
 @triton.jit
-def _write_selected(ranks, words, indices, start, stop, threshold, sure, ties, ties_wanted, filled, STEP: tl.constexpr):
-    """Write the selected positions of [start, stop) in ascending order.
+def _ask(rows, stride, position, wanted, LINES: tl.constexpr):
+    """Ask the L2 cache for rows of LINES x 128 bytes, at positions where wanted."""
+    if LINES > 0:
+        at = (rows + position.to(tl.int64) * stride).to(tl.int64)
+        for line in tl.static_range(LINES):
+            tl.inline_asm_elementwise("{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+                                      "=r,l,r", [at + 128 * line, wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
 
-    words: the first STEP ranks.  sure, ties: slots before `start` that are filled by tokens above the threshold or by
+
+@triton.jit
+def _write_selected(ranks, words, indices, start, stop, threshold, sure, ties, ties_wanted, filled, keys, k_s,
+                    CHUNK: tl.constexpr, LINES: tl.constexpr):
+    """Write the selected positions of [start, stop) in ascending order, and ask for their keys.
+
+    words: the first CHUNK ranks.  sure, ties: slots before `start` that are filled by tokens above the threshold or by
     position, tokens at the threshold before `start`.
     Few tokens are selected, so a thread looks at 32 of them as the bits of a word and then writes bit after bit.
     """
-    for first in range(start, stop, STEP):
-        token = first + 32 * tl.arange(0, STEP // 32)  # the first one of each group
-        following = _load_group(ranks, token + STEP, stop)
+    for first in range(start, stop, CHUNK):
+        token = first + 32 * tl.arange(0, CHUNK // 32)  # the first one of each group
+        following = _load_group(ranks, token + CHUNK, stop)
         is_sure = _bits(words, threshold + 1)
         left = _bits(words, threshold)
-        # one scan for both counts: STEP fits into 16 bits
+        # one scan for both counts: CHUNK fits into 16 bits
         both = _popcount(is_sure) + (_popcount(left ^ is_sure) << 16)
         earlier = tl.cumsum(both, axis=0) - both
         ties_here = ties + (earlier >> 16)
@@ -390,7 +405,9 @@ def _write_selected(ranks, words, indices, start, stop, threshold, sure, ties, t
             left ^= lowest
             tie = (is_sure & lowest) == 0
             taken = (lowest != 0) & ((ties_here < ties_wanted) | ~tie)
-            tl.store(indices + slot, token + _popcount(lowest - 1), mask=taken & (slot < filled))
+            position = token + _popcount(lowest - 1)
+            tl.store(indices + slot, position, mask=taken & (slot < filled))
+            _ask(keys, k_s, position, taken, LINES)
             slot += taken.to(tl.int32)
             ties_here += (tie & (lowest != 0)).to(tl.int32)
         both = tl.sum(both, axis=0)
@@ -399,75 +416,90 @@ def _write_selected(ranks, words, indices, start, stop, threshold, sure, ties, t
         words = following
 
 
-_FEW = tl.constexpr(256)
+_FEW = tl.constexpr(32)
 
 
 @triton.jit
-def _compact_kernel(seq_lens, ranks, counts, indices, budgets, budget, K, sink, recent, ranks_row,
-                    HEADS: tl.constexpr, PER_HEAD: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
-                    BLOCKS: tl.constexpr):
-    """The selected positions in ascending order: every block knows from the counts where its own begin."""
+def _compact_kernel(seq_lens, ranks, counts, indices, budgets, budget, K, sink, recent, ranks_row, keys, values,
+                    k_b, k_h, k_s, v_b, v_h, v_s, HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, PER_HEAD: tl.constexpr,
+                    CHUNK: tl.constexpr, BLOCKS: tl.constexpr, LINES: tl.constexpr, SELECTED_LINES: tl.constexpr):
+    """The selected positions in ascending order: every block knows from the counts where its own begin.
+
+    Memory has little to do meanwhile. So keys and values of the tokens that are in by their position, rows of LINES x 128
+    bytes, and the keys of the selected ones, SELECTED_LINES, are asked for: attention finds them in the L2 cache.
+    """
     block, n_blocks = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
     length, low, high, filled, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
                                                    HEADS, PER_HEAD, CHUNK)
+    if LINES > 0:
+        keys += (row // HEADS) * k_b + (row % HEADS) // HEADS_PER_KV * k_h
+        values += (row // HEADS) * v_b + (row % HEADS) // HEADS_PER_KV * v_h
     after_previous()  # the kernel before writes ranks and counts alone
     start = tl.maximum(start, low // CHUNK * CHUNK)
     stop = tl.minimum(stop, high)
     ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32))
     indices += row * K
-    words = _load_group(ranks, start + 32 * tl.arange(0, STEP // 32), stop)
+    words = _load_group(ranks, start + 32 * tl.arange(0, CHUNK // 32), stop)
     wanted = filled - (length - (high - low))
     bin, above, ties, ties_wanted = _threshold(counts + row * n_blocks * _COUNTS, n_blocks, wanted, BLOCKS)
     before = tl.arange(0, BLOCKS) < block
     _write_selected(ranks, words, indices, start, stop, _BINS + bin, low + tl.sum(tl.where(before, above, 0), axis=0),
-                   tl.sum(tl.where(before, ties, 0), axis=0), ties_wanted, filled, STEP)
+                   tl.sum(tl.where(before, ties, 0), axis=0), ties_wanted, filled, keys, k_s, CHUNK, SELECTED_LINES)
 
     # the tokens that are in by their position, and the slots that nothing fills
     for first in range(block * _FEW, low, n_blocks * _FEW):
         position = first + tl.arange(0, _FEW)
-        tl.store(indices + position, position, mask=position < tl.minimum(low, filled))
+        taken = position < tl.minimum(low, filled)
+        tl.store(indices + position, position, mask=taken)
+        _ask(keys, k_s, position, taken, LINES)
+        _ask(values, v_s, position, taken, LINES)
     for first in range(high + block * _FEW, length, n_blocks * _FEW):
         position = first + tl.arange(0, _FEW)
         slot = filled - length + position
-        tl.store(indices + slot, position, mask=(position < length) & (slot >= 0))
+        taken = (position < length) & (slot >= 0)
+        tl.store(indices + slot, position, mask=taken)
+        _ask(keys, k_s, position, taken, LINES)
+        _ask(values, v_s, position, taken, LINES)
     for first in range(filled + block * _FEW, K, n_blocks * _FEW):
         slot = first + tl.arange(0, _FEW)
         tl.store(indices + slot, tl.full([_FEW], -1, tl.int32), mask=slot < K)
 
 
 def select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int | Tensor, sink: int, recent: int,
-                  K: int, shift: int) -> Tensor:
+                  K: int, shift: int, caches: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """`hash_attention.select_tokens_reference`; the selected positions ascend, and the unused slots (-1) come last.
 
     planes int32 [B, Hs, 1 + P, W], signatures int32 [B, Hs, S, W], seq_lens int32 [B], budget int or int32 [Hs]
     -> indices int32 [B, Hs, K].
+    caches: keys and values, [B, Hkv, S, D] each, that attention will read at these positions: nothing but time depends on them.
     """
+    caches = (None, None) if caches is None else caches
     if isinstance(budget, Tensor):  # its values are on the device: one under sink + recent gives a smaller set, not an error
-        return _select_tokens(planes, signatures, seq_lens, K, budget, sink, recent, K, shift)
+        return _select_tokens(planes, signatures, seq_lens, K, budget, sink, recent, K, shift, *caches)
     if budget < min(sink + recent, signatures.shape[2]):
         raise ValueError(f"the budget of {budget} tokens is under sink {sink} plus recent {recent}")
-    return _select_tokens(planes, signatures, seq_lens, budget, None, sink, recent, K, shift)
+    return _select_tokens(planes, signatures, seq_lens, budget, None, sink, recent, K, shift, *caches)
 
 
 @torch.library.custom_op("hashfast::select_tokens", mutates_args=())
 def _select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int, budgets: Tensor | None, sink: int,
-                   recent: int, K: int, shift: int) -> Tensor:
-    return _launch_select(planes, signatures, seq_lens, budget, budgets, sink, recent, K, shift,
+                   recent: int, K: int, shift: int, keys: Tensor | None, values: Tensor | None) -> Tensor:
+    return _launch_select(planes, signatures, seq_lens, budget, budgets, sink, recent, K, shift, keys, values,
                           **_select_parameters(signatures.shape[0] * signatures.shape[1], signatures.shape[2]))
 
 
 @_select_tokens.register_fake
-def _(planes, signatures, seq_lens, budget, budgets, sink, recent, K, shift):
+def _(planes, signatures, seq_lens, budget, budgets, sink, recent, K, shift, keys, values):
     return planes.new_empty((*planes.shape[:2], K))
 
 
 def _launch_select(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int, budgets: Tensor | None, sink: int,
-                   recent: int, K: int, shift: int, *, chunk: int, step: int, n_blocks: int, score_warps: int,
-                   compact_warps: int) -> Tensor:
+                   recent: int, K: int, shift: int, keys: Tensor | None, values: Tensor | None, *, chunk: int,
+                   n_blocks: int, score_warps: int, compact_warps: int) -> Tensor:
     limits = (budgets, budget, K, sink, recent)
     scored = _launch_score(planes, signatures, seq_lens, limits, shift, chunk, n_blocks, score_warps)
-    return _launch_compact(*scored, seq_lens, limits, signatures.shape[1], chunk, step, compact_warps)
+    return _launch_compact(*scored, seq_lens, limits, signatures.shape[1], keys, values, chunk, compact_warps)
 
 
 def _readable(signatures: Tensor) -> int:
@@ -497,13 +529,23 @@ def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: 
     return ranks, counts
 
 
-def _launch_compact(ranks: Tensor, counts: Tensor, seq_lens: Tensor, limits: tuple, heads: int, chunk: int, step: int,
-                    num_warps: int) -> Tensor:
+def _launch_compact(ranks: Tensor, counts: Tensor, seq_lens: Tensor, limits: tuple, heads: int, keys: Tensor | None,
+                    values: Tensor | None, chunk: int, num_warps: int) -> Tensor:
     """What `_launch_score` gave, with the same limits and chunk -> indices int32 [B, Hs, K]."""
     rows, n_blocks, _ = counts.shape
     K = limits[2]
     indices = torch.empty((rows // heads, heads, K), dtype=torch.int32, device=ranks.device)
+    if keys is None or INTERPRETED:
+        strides, heads_per_kv, lines, selected_lines = (0,) * 6, 1, 0, 0
+    else:
+        strides = (*keys.stride()[:3], *values.stride()[:3])
+        heads_per_kv = heads // keys.shape[1]
+        row_bytes = keys.shape[3] * keys.element_size()
+        lines = triton.cdiv(row_bytes, 128)
+        selected_lines = lines if rows * K * row_bytes <= _ASKED_BYTES else 0
     _compact_kernel[(n_blocks, rows)](
-        seq_lens, ranks, counts, indices, *limits, ranks.shape[1], HEADS=heads, PER_HEAD=limits[0] is not None,
-        CHUNK=chunk, STEP=step, BLOCKS=triton.next_power_of_2(n_blocks), num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
+        seq_lens, ranks, counts, indices, *limits, ranks.shape[1], keys, values, *strides, HEADS=heads,
+        HEADS_PER_KV=heads_per_kv, PER_HEAD=limits[0] is not None, CHUNK=chunk,
+        BLOCKS=triton.next_power_of_2(n_blocks), LINES=lines, SELECTED_LINES=selected_lines, num_warps=num_warps,
+        launch_pdl=DEPENDENT_LAUNCH)
     return indices

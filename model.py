@@ -176,7 +176,7 @@ class Attention(nn.Module):
         else:
             budget = self.sparse.budget if self.budgets is None else self.budgets
             indices = select_tokens(planes, cache.signatures, seq_lens, budget, self.sparse.sink, self.sparse.recent,
-                                    K=self.sparse.budget, shift=self.encoder.shift)
+                                    K=self.sparse.budget, shift=self.encoder.shift, caches=(cache.k, cache.v))
         return sparse_attention(q[:, 0], cache.k, cache.v, indices)[0][:, None]
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, row: int, start: int) -> Tensor:

@@ -51,7 +51,7 @@ def _in_chunks(*rows: Tensor) -> bool:
 
 def _register_splits(rows: int, K: int) -> int:
     """At least 32 tokens a warp, and no more warps than run at once."""
-    return splits_per_row(1024, rows, triton.cdiv(K, 32))
+    return splits_per_row(1024 if rows * K <= 2 ** 18 else 1536, rows, triton.cdiv(K, 32))
 
 
 def _tile_parameters(rows: int, K: int, element_size: int) -> dict[str, int]:

@@ -148,7 +148,8 @@ def check_select(planes, signatures, seq_lens, budget, sink, recent, K, shift, *
         if not launch:
             return kernels.select_tokens(planes, signatures, seq_lens, budget, sink, recent, K, shift)
         return kernels._launch_select(planes, signatures, seq_lens, K if budgets is not None else budget, budgets, sink, recent,
-                                      K, shift, score_warps=max(1, launch["chunk"] // 512), compact_warps=4, **launch)
+                                      K, shift, None, None, score_warps=max(1, launch["chunk"] // 512), compact_warps=4,
+                                      **launch)
 
     first, second = select(), select()
     expected = reference.select_tokens_reference(planes, signatures, seq_lens, budget, sink, recent, K, shift)
@@ -169,13 +170,13 @@ def test_select(bits, query_bits, share, group):
     check_select(planes, signatures, lengths(1, 700, 2437), 300, 16, 33, 300, config.shift(group))
 
 
-@pytest.mark.parametrize(("chunk", "step", "n_blocks"), [(256, 256, 1), (256, 128, 3), (512, 256, 9), (1024, 512, 1)])
-def test_select_across_blocks(chunk, step, n_blocks):
-    """Several steps a chunk, chunks a block and blocks a row, more blocks than tokens, and a strided view of the cache."""
+@pytest.mark.parametrize(("chunk", "n_blocks"), [(256, 1), (256, 3), (512, 9), (1024, 1)])
+def test_select_across_blocks(chunk, n_blocks):
+    """Several chunks a block and blocks a row, more blocks than tokens, and a strided view of the cache."""
     config = HashConfig()
     planes = random_planes(config, 3, 2, 3)
     signatures = random_signatures(3, 1501, 3, 2)[:, :, 1:, 1:].transpose(1, 2)  # [3, 2, 1501, 1]
-    check_select(planes, signatures, lengths(5, 777, 1501), 200, 7, 20, 200, 0, chunk=chunk, step=step, n_blocks=n_blocks)
+    check_select(planes, signatures, lengths(5, 777, 1501), 200, 7, 20, 200, 0, chunk=chunk, n_blocks=n_blocks)
 
 
 @pytest.mark.parametrize(("budget", "sink", "recent"), [(300, 0, 0), (300, 100, 200), (130, 0, 129), (700, 64, 128)])
@@ -193,7 +194,7 @@ def test_select_ties(alike):
     if alike == "halves":
         signatures[:, :, ::2] = ~signatures[:, :, ::2]
     planes = random_planes(config, 2, 2, 3)
-    check_select(planes, signatures, lengths(1100, 901), 400, 3, 5, 400, 0, chunk=256, step=256, n_blocks=3)
+    check_select(planes, signatures, lengths(1100, 901), 400, 3, 5, 400, 0, chunk=256, n_blocks=3)
 
 
 def test_select_weightless_query():
@@ -232,6 +233,18 @@ def test_select_in_rows_that_memory_goes_past():
         check_select(planes, signatures, lengths(S, 300), 150, 5, 20, 150, 0)
     assert kernels._readable(rows[:, :, 4:701]) == 697  # rounded up, it would end after the last row
     check_select(planes, rows[:, :, 4:701], lengths(697, 300), 150, 5, 20, 150, 0)
+
+
+@gpu_only
+@pytest.mark.parametrize(("D", "dtype"), [(64, torch.bfloat16), (96, torch.float16), (128, torch.float32)])
+@pytest.mark.parametrize("group", [1, 2])
+def test_select_asks_for_rows(group, D, dtype):
+    """Which rows attention will read is known to the L2 cache, and nothing else changes."""
+    caches = normal(3, 2, 900, D, dtype=dtype), strided_cache(3, 2, 900, D, dtype)
+    planes, signatures = random_planes(HashConfig(), 3, 2 * group, 1), random_signatures(3, 2 * group, 900, 1)
+    for budget in (128, 640):
+        arguments = planes, signatures, lengths(1, 300, 900), budget, 16, 33, budget, 0
+        assert torch.equal(kernels.select_tokens(*arguments, caches), kernels.select_tokens(*arguments))
 
 
 # ---------------------------------------------------------------------------------------------------------- attend: sparse
@@ -362,7 +375,7 @@ def test_dense_queries_before_the_sequence():
 
 def decode_step(qkv, encoder, k_cache, v_cache, signatures, seq_lens):
     q, planes = rope_encode_append(qkv, *angles(seq_lens, 1, 64), encoder, k_cache, v_cache, signatures, seq_lens)
-    indices = kernels.select_tokens(planes, signatures, seq_lens, 48, 4, 8, 48, 0)
+    indices = kernels.select_tokens(planes, signatures, seq_lens, 48, 4, 8, 48, 0, (k_cache, v_cache))
     sparse = sparse_kernels.sparse_attention(q[:, 0], k_cache, v_cache, indices)
     dense = attention_kernels.dense_attention(q, k_cache, v_cache, seq_lens)
     return indices, *sparse, *dense
@@ -383,7 +396,8 @@ def test_operators_are_well_formed():
     torch.library.opcheck(_rope_encode_append, (qkv, cos, sin, None, None, None, None, k_cache, v_cache, None, seq_lens,
                                                         0, 0), test_utils=checks)
     planes = random_planes(HashConfig(), 2, 2, 2)
-    torch.library.opcheck(kernels._select_tokens, (planes, signatures, seq_lens, 48, None, 4, 8, 60, 0), test_utils=checks)
+    torch.library.opcheck(kernels._select_tokens, (planes, signatures, seq_lens, 48, None, 4, 8, 60, 0, k_cache, v_cache),
+                          test_utils=checks)
     indices = kernels.select_tokens(planes, signatures, seq_lens, 48, 4, 8, 60, 0)
     q = normal(2, 1, 4, 64)
     torch.library.opcheck(sparse_kernels._sparse_attention, (q[:, 0], k_cache, v_cache, indices, 0.125), test_utils=checks)
