@@ -303,7 +303,7 @@ def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, 
         rank = _ranks(score, SHIFT)
         if (first < low) | (first + CHUNK > high):
             rank = tl.where((position >= low) & (position < high), rank, 0)
-        tl.store(ranks + position, rank)
+        tl.store(ranks + tl.max_contiguous(position, 4), rank)
         sums = _add_histogram(sums, rank, CHUNK)
         words = following
     tl.debug_barrier()  # other threads have written the zeros
