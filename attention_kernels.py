@@ -111,8 +111,10 @@ def _combine(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, n_s
     if n_splits == 1:
         return
     rows, D = lse.numel(), out.shape[-1]
-    columns = 32 if rows <= 128 else triton.next_power_of_2(D)  # few rows: more programs
-    splits = min(triton.next_power_of_2(n_splits), 4096 // columns)
+    # all splits of some columns at once, 64 numbers a thread; of few rows fewer columns, for more programs
+    splits = triton.next_power_of_2(n_splits)
+    columns = min(64 if rows <= 256 else triton.next_power_of_2(D), max(2048 // splits, 16))
+    splits = min(splits, 2048 // columns)
     # one warp: several would have to wait for each other's sums
     _combine_kernel[(rows, triton.cdiv(D, columns))](partial, partial_lse, out, lse, n_splits, D=D, COLUMNS=columns,
                                                      SPLITS=splits, num_warps=1, launch_pdl=DEPENDENT_LAUNCH)

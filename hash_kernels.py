@@ -34,7 +34,7 @@ def _select_parameters(rows: int, S: int) -> dict[str, int]:
     as 32 bytes of it the chain of kernels took 1 to 4 us more, 12 at 1 x 512K.
     """
     chunk = 1024
-    programs = 256 if rows * S <= 2 ** 19 else 512 if rows * S <= 2 ** 23 else 4096
+    programs = 256 if rows * S <= 2 ** 19 else 512 if rows * S <= 2 ** 20 else 1024 if rows * S <= 2 ** 23 else 4096
     n_blocks = min(splits_per_row(programs, rows, triton.cdiv(S, chunk)), 256)  # the second kernel reads the counts of all
     return {"chunk": chunk, "n_blocks": n_blocks, "score_warps": 4, "compact_warps": 1}
 
@@ -89,42 +89,27 @@ _MASKS = tl.constexpr("{ .reg .b32 lane, word, owner; .reg .pred p; mov.u32 lane
                       "setp.eq.u32 p, word, owner; selp.b32 $0, $0, 0, p; }")
 
 
-@triton.constexpr_function
-def _count_code(TWICE):
-    """$0-1, $2-3: the counts by two planes of two tokens' words, $8-9, where they agree with $10. Before: $4-5, $6-7.
-
-    $12: the planes, as _MASKS gives them.  TWICE: two more, $14, each counted twice with one of the first.
-    """
-    mma = "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {c0, c1, c2, c3}, {x0, x1}, {%s}, {c0, c1, c2, c3}; "
-    return ("{ .reg .b32 x0, x1, c0, c1, c2, c3; lop3.b32 x0, $8, $10, 0, 0xC3; lop3.b32 x1, $9, $10, 0, 0xC3; "  # ~(a ^ b)
-            "mov.b32 c0, $4; mov.b32 c1, $6; mov.b32 c2, $5; mov.b32 c3, $7; " + mma % "$12" + TWICE * 2 * (mma % "$14")
-            + "mov.b32 $0, c0; mov.b32 $2, c1; mov.b32 $1, c2; mov.b32 $3, c3; }")
-
-
-@triton.jit
-def _masks(magnitudes, first: tl.constexpr, second: tl.constexpr, P: tl.constexpr):
-    """Two of P planes of a word, zeros for those past the last; differs by lane, though Triton takes it for one number."""
-    a = magnitudes[first] if first < P else 0
-    b = magnitudes[second] if second < P else 0
-    return tl.inline_asm_elementwise(_MASKS, "=&r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+# Planes of the weights, two by two: $0-1 and $2-3 are what each counts in two tokens' words, $8-9, where they agree with $10.
+# Before: $4-5, $6-7.  $12: the planes, as _MASKS gives them.
+_COUNT = tl.constexpr("{ .reg .b32 x0, x1, c0, c1, c2, c3; lop3.b32 x0, $8, $10, 0, 0xC3; lop3.b32 x1, $9, $10, 0, 0xC3; "
+                      "mov.b32 c0, $4; mov.b32 c1, $6; mov.b32 c2, $5; mov.b32 c3, $7; "  # lop3: ~(a ^ b)
+                      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {c0, c1, c2, c3}, {x0, x1}, {$12}, "
+                      "{c0, c1, c2, c3}; mov.b32 $0, c0; mov.b32 $2, c1; mov.b32 $1, c2; mov.b32 $3, c3; }")
 
 
 @triton.jit
 def _weigh(words, signs, magnitudes, FIRST: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
-    """What up to four planes from FIRST on add to the scores.
-
-    Of four planes, 0 and, twice, 1 make one sum, 2 and, twice, 3 the other, which counts four times: tensor cores have time.
-    """
-    TWICE: tl.constexpr = P - FIRST > 2
+    """What planes FIRST and FIRST + 1, if there is one, add to the scores."""
     low = tl.zeros_like(words[0])
     high = low
     for w in tl.static_range(W):
-        once = _masks(magnitudes[w], FIRST, FIRST + (2 if TWICE else 1), P)
-        twice = _masks(magnitudes[w], FIRST + 1, FIRST + 3, P)
-        low, high = tl.inline_asm_elementwise(_count_code(TWICE), "=&r,=&r,=&r,=&r" + ",r" * 12,
-                                              [low, high, words[w], signs[w], once, twice],
+        second = magnitudes[w][FIRST + 1] if FIRST + 1 < P else 0
+        # differs by lane, though Triton takes it for one number
+        masks = tl.inline_asm_elementwise(_MASKS, "=&r,r,r", [magnitudes[w][FIRST], second], dtype=tl.int32, is_pure=True,
+                                          pack=1)
+        low, high = tl.inline_asm_elementwise(_COUNT, "=&r,=&r,=&r,=&r" + ",r" * 10, [low, high, words[w], signs[w], masks],
                                               dtype=(tl.int32, tl.int32), is_pure=True, pack=2)
-    return (low + (high << (2 if TWICE else 1))) << FIRST
+    return (low + (high << 1)) << FIRST if FIRST + 1 < P else low << FIRST
 
 
 @triton.jit
@@ -135,7 +120,7 @@ def _add_scores(score, words, signs, magnitudes, P: tl.constexpr, W: tl.constexp
             for p in tl.static_range(P):
                 score += _popcount(~(words[w] ^ signs[w]) & magnitudes[w][p]) << p
     else:
-        for first in tl.static_range(0, P, 4):
+        for first in tl.static_range(0, P, 2):
             score += _weigh(words, signs, magnitudes, first, P, W)
     return score
 
@@ -303,7 +288,8 @@ def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, 
         rank = _ranks(score, SHIFT)
         if (first < low) | (first + CHUNK > high):
             rank = tl.where((position >= low) & (position < high), rank, 0)
-        tl.store(ranks + tl.max_contiguous(position, 4), rank)
+        # the layout that suits this store serves all: four neighbours a lane are a load, of wide signatures one token is
+        tl.store(ranks + tl.max_contiguous(position, 4 if W == 1 else 1), rank)
         sums = _add_histogram(sums, rank, CHUNK)
         words = following
     tl.debug_barrier()  # other threads have written the zeros
