@@ -179,6 +179,13 @@ def test_select_across_blocks(chunk, n_blocks):
     check_select(planes, signatures, lengths(5, 777, 1501), 200, 7, 20, 200, 0, chunk=chunk, n_blocks=n_blocks)
 
 
+@pytest.mark.parametrize(("rows", "S"), [(8, 2 ** 15), (8, 2 ** 17), (64, 2 ** 15), (8, 2 ** 19), (128, 2 ** 15),
+                                         (128, 2 ** 17)])
+def test_a_cache_slightly_longer_is_launched_alike(rows, S):
+    """What is measured at a round context is what a step uses, whose cache has room for what it generates."""
+    assert kernels._select_parameters(rows, S) == kernels._select_parameters(rows, S + 72)
+
+
 @pytest.mark.parametrize(("budget", "sink", "recent"), [(300, 0, 0), (300, 100, 200), (130, 0, 129), (700, 64, 128)])
 def test_select_edges(budget, sink, recent):
     """Budgets taken up by what is always in, no such tokens, lengths of at most the budget, slots to spare."""
