@@ -111,7 +111,7 @@ def _combine(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, n_s
     if n_splits == 1:
         return
     rows, D = lse.numel(), out.shape[-1]
-    # all splits of some columns at once, 64 numbers a thread; of few rows fewer columns, for more programs
+    # up to 128 splits of some columns at once, 64 numbers a thread; of few rows fewer columns, for more programs
     splits = triton.next_power_of_2(n_splits)
     columns = min(64 if rows <= 256 else triton.next_power_of_2(D), max(2048 // splits, 16))
     splits = min(splits, 2048 // columns)

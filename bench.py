@@ -175,7 +175,7 @@ def bench_attention(case: str, mode: str, heads: tuple[int, int, int], bandwidth
     # linear encoders have a kernel of their own; deeper ones are what Inductor makes of the reference
     encode = rope_encode_append if config.depth == 1 else torch.compile(rope_encode_append, dynamic=False)
     limits = (None, budget, budget, SINK, RECENT)
-    parameters = hash_kernels._select_parameters(batch * encoder.n_signature_head, context)
+    parameters = hash_kernels._select_parameters(batch * encoder.n_signature_head, context, RECENT)
     score_parameters = (parameters["chunk"], parameters["n_blocks"], parameters["score_warps"])
     compact_parameters = (parameters["chunk"], parameters["compact_warps"])
 

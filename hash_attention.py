@@ -360,7 +360,8 @@ def select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: 
                   K: int | None = None, shift: int = 0, caches: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """`select_tokens_reference`, by the Triton kernels where the tensors are on a GPU.
 
-    caches: the keys and values that attention reads next, so that it finds what is selected in the L2 cache.
+    caches: the keys and values that attention reads next. Selection then asks the L2 cache for the rows of the first and last
+    tokens and, where all of them fit, the keys of the selected ones.
     """
     if signatures.is_cuda:
         import hash_kernels

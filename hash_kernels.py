@@ -27,7 +27,12 @@ def splits_per_row(programs: int, rows: int, tiles: int) -> int:
     return max(1, min(tiles, programs // rows))
 
 
-def _select_parameters(rows: int, S: int) -> dict[str, int]:
+def even_split(pieces: int, target: int) -> int:
+    """Programs, about `target` of them, that get equally many of the pieces, but for the last one."""
+    return triton.cdiv(pieces, max(1, round(pieces / max(target, 1))))
+
+
+def _select_parameters(rows: int, S: int, recent: int) -> dict[str, int]:
     """chunk: tokens scored, then compacted, at a time, 256 a scoring warp or more; a block's range is a multiple of it.
 
     compact_warps: more than one would take shared memory, and with as little
@@ -37,7 +42,8 @@ def _select_parameters(rows: int, S: int) -> dict[str, int]:
     # the limits lie between powers of two: a cache has some tokens more than the context it is made for
     millions = rows * S / 2 ** 20
     programs = 256 if millions < 0.75 else 512 if millions < 1.5 else 1024 if millions < 12 else 4096
-    n_blocks = min(splits_per_row(programs, rows, triton.cdiv(S, chunk)), 256)  # the second kernel reads the counts of all
+    chunks = max(1, triton.cdiv(S - recent, chunk))  # the last tokens do not compete
+    n_blocks = min(even_split(chunks, programs // rows), 256)  # the second kernel reads the counts of all
     return {"chunk": chunk, "n_blocks": n_blocks, "score_warps": 4, "compact_warps": 1}
 
 
@@ -86,13 +92,15 @@ def _popcount(x):
 # The tensor cores count bits too. One mma takes the signatures of 64 tokens as 16 rows of four words, of which each lane has
 # its own two, and multiplies them by eight columns: two planes of weights for each of the four words, zero where the other
 # three are. So a lane gets back the counts of its own two tokens.
+#
+# $0: what the lane has of the columns, from planes $1 and $2.
 _MASKS = tl.constexpr("{ .reg .b32 lane, word, owner; .reg .pred p; mov.u32 lane, %laneid; and.b32 word, lane, 4; "
                       "setp.ne.u32 p, word, 0; selp.b32 $0, $2, $1, p; and.b32 word, lane, 3; shr.u32 owner, lane, 3; "
                       "setp.eq.u32 p, word, owner; selp.b32 $0, $0, 0, p; }")
 
 
-# Planes of the weights, two by two: $0-1 and $2-3 are what each counts in two tokens' words, $8-9, where they agree with $10.
-# Before: $4-5, $6-7.  $12: the planes, as _MASKS gives them.
+# Planes of the weights, two by two: $0-1 and $2-3 are what each counts in two tokens' words, $8-9, where they agree with $10,
+# which $11 repeats. Before: $4-5, $6-7.  $12, which $13 repeats: the planes, as _MASKS gives them.
 _COUNT = tl.constexpr("{ .reg .b32 x0, x1, c0, c1, c2, c3; lop3.b32 x0, $8, $10, 0, 0xC3; lop3.b32 x1, $9, $10, 0, 0xC3; "
                       "mov.b32 c0, $4; mov.b32 c1, $6; mov.b32 c2, $5; mov.b32 c3, $7; "  # lop3: ~(a ^ b)
                       "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {c0, c1, c2, c3}, {x0, x1}, {$12}, "
@@ -127,7 +135,8 @@ def _add_scores(score, words, signs, magnitudes, P: tl.constexpr, W: tl.constexp
     return score
 
 
-# Of four tokens: saturated to bytes, of which the upper six bits are the bin; 64 plus those.
+# $0: the ranks of four tokens, as bytes.  $1-4: their scores, shifted so that 4 make a bin; saturated to bytes, whose upper six
+# bits are the bin.
 _RANKS = tl.constexpr("{ .reg .b32 x; cvt.pack.sat.u8.s32.b32 x, $4, $3, 0; cvt.pack.sat.u8.s32.b32 x, $2, $1, x; "
                       "shr.u32 x, x, 2; lop3.b32 $0, x, 0x3F3F3F3F, 0x40404040, 0xEA; }")  # (a & b) | c
 
@@ -148,6 +157,8 @@ def _ranks(score, SHIFT: tl.constexpr):
 # from one `prmt`, which looks four numbers below 8 up in a table of eight bytes: 1 at the lane's own row or column. For
 # numbers from 8 on it repeats a byte's sign, so they find zeros. Which lane has which tokens does not matter; the sums stay in
 # the lane that has them.
+#
+# $0-1: the table.  $2: of no use.
 _TABLE = tl.constexpr("{ .reg .b32 lane, one; .reg .pred low; mov.u32 lane, %laneid; "
                       "shr.u32 lane, lane, 2; setp.lt.u32 low, lane, 4; and.b32 lane, lane, 3; shl.b32 lane, lane, 3; "
                       "mov.b32 one, 1; shl.b32 one, one, lane; selp.b32 $0, one, 0, low; selp.b32 $1, 0, one, low; }")
@@ -191,7 +202,7 @@ def _store_code():
 
 @triton.jit
 def _add_histogram(sums, ranks, CHUNK: tl.constexpr):
-    """Count the bins of ranks [CHUNK], as `_ranks` gives them, but zeros.
+    """Count the bins of ranks [CHUNK], as `_ranks` gives them, except where they are 0.
 
     sums [CHUNK], at least eight a lane: for `_store_histogram`. Their layout must not change on the way there.
     """
@@ -226,7 +237,7 @@ def _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
     """(length, low, high, filled, start, stop) of a row and block.
 
     [low, high): the tokens that compete, those before and after being always in; empty where all tokens fit.
-    filled: slots used.  [start, stop): the block's tokens, split by the current length so that all blocks have work.
+    filled: slots used.  [start, stop): the block's part of [0, high), split by the current length so that all have work.
     """
     length = tl.load(seq_lens + row // HEADS)
     if PER_HEAD:
@@ -234,9 +245,9 @@ def _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
     filled = tl.minimum(tl.minimum(budget, K), length)
     low = tl.where(filled == length, length, tl.minimum(sink, length))
     high = tl.maximum(length - recent, low)
-    per_block = tl.cdiv(tl.cdiv(length, n_blocks), CHUNK) * CHUNK
+    per_block = tl.cdiv(tl.cdiv(high, n_blocks), CHUNK) * CHUNK
     start = block * per_block
-    return length, low, high, filled, start, tl.minimum(start + per_block, length)
+    return length, low, high, filled, start, tl.minimum(start + per_block, high)
 
 
 _COUNTS = tl.constexpr(8 + NUM_BINS)  # of a block of tokens
@@ -290,7 +301,8 @@ def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, 
         rank = _ranks(score, SHIFT)
         if (first < low) | (first + CHUNK > high):
             rank = tl.where((position >= low) & (position < high), rank, 0)
-        # the layout that suits this store serves all: four neighbours a lane are a load, of wide signatures one token is
+        # This store decides the layout of all: four neighbours a lane are one load and one store; where a token has several
+        # words, one token a lane is better.
         tl.store(ranks + tl.max_contiguous(position, 4 if W == 1 else 1), rank)
         sums = _add_histogram(sums, rank, CHUNK)
         words = following
@@ -404,7 +416,7 @@ def _write_selected(ranks, words, indices, start, stop, threshold, sure, ties, t
         words = following
 
 
-_FEW = tl.constexpr(32)
+_FEW = tl.constexpr(32)  # tokens or slots that a block fills in at a time, where no scores are needed
 
 
 @triton.jit
@@ -414,7 +426,7 @@ def _compact_kernel(seq_lens, ranks, counts, indices, budgets, budget, K, sink, 
     """The selected positions in ascending order: every block knows from the counts where its own begin.
 
     Memory has little to do meanwhile. So keys and values of the tokens that are in by their position, rows of LINES x 128
-    bytes, and the keys of the selected ones, SELECTED_LINES, are asked for: attention finds them in the L2 cache.
+    bytes, and the keys of the selected ones, SELECTED_LINES, are asked for: attention finds them in the L2 cache. 0: not asked.
     """
     block, n_blocks = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
@@ -425,7 +437,6 @@ def _compact_kernel(seq_lens, ranks, counts, indices, budgets, budget, K, sink, 
         values += (row // HEADS) * v_b + (row % HEADS) // HEADS_PER_KV * v_h
     after_previous()  # the kernel before writes ranks and counts alone
     start = tl.maximum(start, low // CHUNK * CHUNK)
-    stop = tl.minimum(stop, high)
     ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32))
     indices += row * K
     words = _load_group(ranks, start + 32 * tl.arange(0, CHUNK // 32), stop)
@@ -440,8 +451,9 @@ def _compact_kernel(seq_lens, ranks, counts, indices, budgets, budget, K, sink, 
         position = first + tl.arange(0, _FEW)
         taken = position < tl.minimum(low, filled)
         tl.store(indices + position, position, mask=taken)
-        _ask(keys, k_s, position, taken, LINES)
-        _ask(values, v_s, position, taken, LINES)
+        first_ones = taken & (position < sink)  # where all tokens fit, that is not all of them
+        _ask(keys, k_s, position, first_ones, LINES)
+        _ask(values, v_s, position, first_ones, LINES)
     for first in range(high + block * _FEW, length, n_blocks * _FEW):
         position = first + tl.arange(0, _FEW)
         slot = filled - length + position
@@ -474,7 +486,7 @@ def select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: 
 def _select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int, budgets: Tensor | None, sink: int,
                    recent: int, K: int, shift: int, keys: Tensor | None, values: Tensor | None) -> Tensor:
     return _launch_select(planes, signatures, seq_lens, budget, budgets, sink, recent, K, shift, keys, values,
-                          **_select_parameters(signatures.shape[0] * signatures.shape[1], signatures.shape[2]))
+                          **_select_parameters(signatures.shape[0] * signatures.shape[1], signatures.shape[2], recent))
 
 
 @_select_tokens.register_fake
@@ -519,7 +531,10 @@ def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: 
 
 def _launch_compact(ranks: Tensor, counts: Tensor, seq_lens: Tensor, limits: tuple, heads: int, keys: Tensor | None,
                     values: Tensor | None, chunk: int, num_warps: int) -> Tensor:
-    """What `_launch_score` gave, with the same limits and chunk -> indices int32 [B, Hs, K]."""
+    """What `_launch_score` gave, with the same limits and chunk -> indices int32 [B, Hs, K].
+
+    keys, values: the caches to ask for rows of, [B, Hkv, S, D], or None.
+    """
     rows, n_blocks, _ = counts.shape
     K = limits[2]
     indices = torch.empty((rows // heads, heads, K), dtype=torch.int32, device=ranks.device)

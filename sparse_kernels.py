@@ -1,8 +1,8 @@
 """Triton kernels of sparse attention. hash_attention.py holds the definition (`*_reference`) and the symbols used here.
 
-sparse_attention   split-K flash decoding over gathered cache rows, combine   two kernels
+sparse_attention   split-K flash decoding over gathered cache rows, combine   one or two kernels
 
-A custom op, as those of hash_kernels.py, which says what that is good for. The first of its kernels comes in two forms:
+A custom op, as those of hash_kernels.py, which says what that is good for. The first kernel comes in two forms:
 
 in registers   what models decode with: 16-bit caches, D 64 or 128, G up to 8. A warp is a split of its own. It loads the rows
                of 16 tokens into the very registers that its tensor cores read, so there is no shared memory to go through
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_kernels import _attend, _block_d, _combine, _finish, _partial, _precision, _store_rows
-from hash_kernels import DEPENDENT_LAUNCH, INTERPRETED, after_previous, checked_rows, splits_per_row
+from hash_kernels import DEPENDENT_LAUNCH, INTERPRETED, after_previous, checked_rows, even_split, splits_per_row
 
 
 def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor,
@@ -31,8 +31,8 @@ def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tenso
 def _sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     _, Hq, D = q.shape
     B, HEADS, K = indices.shape
-    if (q.element_size() == 2 and D in (64, 128) and Hq // HEADS <= 8 and _in_chunks(q, k_cache, v_cache)
-            and not INTERPRETED):
+    if (q.element_size() == 2 and q.dtype == k_cache.dtype == v_cache.dtype and D in (64, 128) and Hq // HEADS <= 8
+            and _aligned(q, k_cache, v_cache) and not INTERPRETED):
         return _launch_in_registers(q, k_cache, v_cache, indices, scale, n_splits=_register_splits(B * HEADS, K))
     return _launch_in_tiles(q, k_cache, v_cache, indices, scale, **_tile_parameters(B * HEADS, K, q.element_size()))
 
@@ -42,7 +42,7 @@ def _(q, k_cache, v_cache, indices, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-def _in_chunks(*rows: Tensor) -> bool:
+def _aligned(*rows: Tensor) -> bool:
     """Whether all rows begin at multiples of 16 bytes, of tensors with 2 bytes a number."""
     return all(x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1]) for x in rows)
 
@@ -50,8 +50,8 @@ def _in_chunks(*rows: Tensor) -> bool:
 # Chosen by measurement on an H100 and an H200 (132 multiprocessors) amid the other kernels of a step.
 
 def _register_splits(rows: int, K: int) -> int:
-    """At least 32 tokens a warp, and no more warps than run at once."""
-    return splits_per_row(1024 if rows * K <= 2 ** 18 else 1536, rows, triton.cdiv(K, 32))
+    """At least 32 tokens a warp, and hardly more warps than run at once."""
+    return even_split(triton.cdiv(K, 32), (1024 if rows * K < 0.75 * 2 ** 19 else 1408) // rows)
 
 
 def _tile_parameters(rows: int, K: int, element_size: int) -> dict[str, int]:
@@ -78,11 +78,13 @@ def _constraints(results, kind, arguments):
 
 @triton.constexpr_function
 def _types(count, dtype):
+    """The types of an assembly's results."""
     return (dtype,) * count
 
 
 @triton.constexpr_function
 def _mma(TYPE):
+    """[16, 8] += [16, 16] [16, 8]. TYPE: bf16 or f16."""
     return f"mma.sync.aligned.m16n8k16.row.col.f32.{TYPE}.{TYPE}.f32"
 
 
@@ -99,7 +101,7 @@ def _load_code(rows, words, step):
         lines += [f"setp.ge.s32 ok, ${position + row}, 0; mad.wide.s32 at, ${position + row}, ${stride}, ${address};"]
         for chunk in range(words // 4):
             registers = ", ".join(f"${row * words + 4 * chunk + i}" for i in range(4))
-            lines += [f"@ok ld.global.L1::no_allocate.v4.b32 {{{registers}}}, [at + {step * chunk}];"]  # read just once
+            lines += [f"@ok ld.global.L1::no_allocate.v4.b32 {{{registers}}}, [at + {step * chunk}];"]  # others need L1 more
     return "{ " + " ".join(lines) + " }"
 
 
@@ -148,6 +150,7 @@ def _values_code(words, TYPE):
 
 @triton.constexpr_function
 def _across_code(operation):
+    """$0: of $1 of the lanes with the same t."""
     lines = [".reg .f32 other; mov.f32 $0, $1;"]
     lines += [f"shfl.sync.bfly.b32 other, $0, {lane}, 31, 0xffffffff; {operation}.f32 $0, $0, other;" for lane in (4, 8, 16)]
     return "{ " + " ".join(lines) + " }"
@@ -202,6 +205,7 @@ def _softmax(scores, low, high, top, total):
 def _register_attention_kernel(q, k_cache, v_cache, indices, partial, partial_lse, scale_log2, K, n_splits, per_split,
                                q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr,
                                G: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr):
+    """One split, per_split tokens (whole 16s), of one row of indices, by one warp -> partial [*, n_splits, D], partial_lse."""
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // HEADS, row % HEADS
@@ -216,16 +220,15 @@ def _register_attention_kernel(q, k_cache, v_cache, indices, partial, partial_ls
     v_chunk = (v_cache + batch * v_b + (head // HEADS_PER_KV) * v_h).to(tl.int64) + 16 * g
     first = split * per_split
     stop = tl.minimum(first + per_split, K)
-    none = lane * 0
-    nothing = none.to(tl.float32)
-    acc = (nothing,) * (4 * VALUE_WORDS)
-    top = (nothing + float("-inf"),) * 2
-    total = (nothing,) * 2
+    zero = lane * 0
+    acc = (zero.to(tl.float32),) * (4 * VALUE_WORDS)
+    top = (zero + float("-inf"),) * 2
+    total = (zero.to(tl.float32),) * 2
     after_previous()
     k_slots, v_slots = _slots(indices, first, stop, g, t)
-    queries = _load((none,) * KEY_WORDS, (tl.where(g < G, g, -1),), q_chunk, 2 * q_h, KEY_WORDS, 64)
-    keys = _load((none,) * (2 * KEY_WORDS), k_slots, k_chunk, 2 * k_s, KEY_WORDS, 64)
-    values = _load((none,) * (4 * VALUE_WORDS), v_slots, v_chunk, 2 * v_s, VALUE_WORDS, 128)
+    queries = _load((zero,) * KEY_WORDS, (tl.where(g < G, g, -1),), q_chunk, 2 * q_h, KEY_WORDS, 64)
+    keys = _load((zero,) * (2 * KEY_WORDS), k_slots, k_chunk, 2 * k_s, KEY_WORDS, 64)
+    values = _load((zero,) * (4 * VALUE_WORDS), v_slots, v_chunk, 2 * v_s, VALUE_WORDS, 128)
     next_k_slots, next_v_slots = _slots(indices, first + 16, stop, g, t)
     for start in range(first, stop, 16):
         # keys and values are loaded again as soon as they have been used, from positions that were loaded one turn before
@@ -283,6 +286,7 @@ def _tile_attention_kernel(q, k_cache, v_cache, indices, partial, partial_lse, s
                            tiles_per_split, q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s,
                            HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
                            BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """One split, tiles_per_split x BLOCK_K tokens, of one row of indices -> partial [*, n_splits, D], partial_lse."""
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // HEADS, row % HEADS

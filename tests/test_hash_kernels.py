@@ -179,11 +179,20 @@ def test_select_across_blocks(chunk, n_blocks):
     check_select(planes, signatures, lengths(5, 777, 1501), 200, 7, 20, 200, 0, chunk=chunk, n_blocks=n_blocks)
 
 
-@pytest.mark.parametrize(("rows", "S"), [(8, 2 ** 15), (8, 2 ** 17), (64, 2 ** 15), (8, 2 ** 19), (128, 2 ** 15),
-                                         (128, 2 ** 17)])
+@pytest.mark.parametrize(("rows", "S"), [(8, 2 ** 15), (8, 2 ** 17), (64, 2 ** 15), (8, 2 ** 19), (32, 2 ** 17),
+                                         (128, 2 ** 15), (128, 2 ** 17)])
 def test_a_cache_slightly_longer_is_launched_alike(rows, S):
     """What is measured at a round context is what a step uses, whose cache has room for what it generates."""
-    assert kernels._select_parameters(rows, S) == kernels._select_parameters(rows, S + 72)
+    assert kernels._select_parameters(rows, S, 128) == kernels._select_parameters(rows, S + 72, 128)
+
+
+def test_all_blocks_have_work():
+    """At a round context and slightly beyond: the last tokens, which do not compete, take no chunk of their own."""
+    planes, signatures = random_planes(HashConfig(), 3, 1, 2), random_signatures(3, 1, 4168, 1)
+    limits = (None, 500, 500, 4, 128)
+    _, counts = kernels._launch_score(planes, signatures, lengths(4096, 4097, 4168), limits, 0, 1024, 2, 4)
+    competing = counts.view(3, 2, -1)[:, :, 0]  # in the first eight bins or beyond
+    assert competing.tolist() == [[2044, 1920], [2044, 1921], [2044, 1992]]
 
 
 @pytest.mark.parametrize(("budget", "sink", "recent"), [(300, 0, 0), (300, 100, 200), (130, 0, 129), (700, 64, 128)])
@@ -246,7 +255,7 @@ def test_select_in_rows_that_memory_goes_past():
 @pytest.mark.parametrize(("D", "dtype"), [(64, torch.bfloat16), (96, torch.float16), (128, torch.float32)])
 @pytest.mark.parametrize("group", [1, 2])
 def test_select_asks_for_rows(group, D, dtype):
-    """Which rows attention will read is known to the L2 cache, and nothing else changes."""
+    """Asking the L2 cache for rows changes no position."""
     caches = normal(3, 2, 900, D, dtype=dtype), strided_cache(3, 2, 900, D, dtype)
     planes, signatures = random_planes(HashConfig(), 3, 2 * group, 1), random_signatures(3, 2 * group, 900, 1)
     for budget in (128, 640):
@@ -327,13 +336,21 @@ def test_sparse_in_registers(n_splits, G, D, dtype):
 def test_sparse_rows_at_odd_places():
     """Rows that do not begin at multiples of 16 bytes cannot be loaded in chunks of 16."""
     q, k_cache, v_cache = (normal(2, heads, 300, 65, dtype=torch.float16)[..., 1:] for heads in (6, 2, 2))
-    assert not sparse_kernels._in_chunks(q[:, :, 0], k_cache, v_cache)
     check_sparse(q[:, :, 0], k_cache, v_cache, random_indices(2, 2, 90, 300))
 
 
-def test_sparse_large_scores():
+def test_which_rows_are_aligned():
+    even = normal(2, 3, 8, 72, dtype=torch.float16)
+    assert sparse_kernels._aligned(even, even[..., 8:], strided_cache(2, 3, 8, 64, torch.float16))
+    assert not sparse_kernels._aligned(even, even[..., 1:])
+    assert not sparse_kernels._aligned(normal(2, 3, 8, 65, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sparse_large_scores(dtype):
     """Scores whose exponentials leave float32."""
-    q, k_cache, v_cache = normal(1, 4, 64) * 30, normal(1, 2, 100, 64) * 30, normal(1, 2, 100, 64)
+    q, k_cache = (normal(1, heads, size, 64, dtype=dtype) * 30 for heads, size in ((4, 1), (2, 100)))
+    q, v_cache = q[:, :, 0], normal(1, 2, 100, 64, dtype=dtype)
     check_sparse(q, k_cache, v_cache, random_indices(1, 2, 90, 100))
 
 
@@ -388,9 +405,10 @@ def decode_step(qkv, encoder, k_cache, v_cache, signatures, seq_lens):
     return indices, *sparse, *dense
 
 
-def decode_inputs(B: int = 2, Hkv: int = 2, G: int = 2, S: int = 150, D: int = 64):
-    return (normal(B, 1, (G + 2) * Hkv * D), encoder_for(HashConfig(), Hkv * G, Hkv, D), normal(B, Hkv, S, D),
-            normal(B, Hkv, S, D), random_signatures(B, Hkv, S, 1), lengths(*range(S - 11, S - 11 + B)))
+def decode_inputs(B: int = 2, Hkv: int = 2, G: int = 2, S: int = 150, D: int = 64, dtype: torch.dtype = torch.float32):
+    qkv, k_cache, v_cache = (normal(*shape, dtype=dtype) for shape in ((B, 1, (G + 2) * Hkv * D), *[(B, Hkv, S, D)] * 2))
+    return (qkv, encoder_for(HashConfig(), Hkv * G, Hkv, D), k_cache, v_cache, random_signatures(B, Hkv, S, 1),
+            lengths(*range(S - 11, S - 11 + B)))
 
 
 def test_operators_are_well_formed():
@@ -403,8 +421,9 @@ def test_operators_are_well_formed():
     torch.library.opcheck(_rope_encode_append, (qkv, cos, sin, None, None, None, None, k_cache, v_cache, None, seq_lens,
                                                         0, 0), test_utils=checks)
     planes = random_planes(HashConfig(), 2, 2, 2)
-    torch.library.opcheck(kernels._select_tokens, (planes, signatures, seq_lens, 48, None, 4, 8, 60, 0, k_cache, v_cache),
-                          test_utils=checks)
+    for caches in ((k_cache, v_cache), (None, None)):
+        torch.library.opcheck(kernels._select_tokens, (planes, signatures, seq_lens, 48, None, 4, 8, 60, 0, *caches),
+                              test_utils=checks)
     indices = kernels.select_tokens(planes, signatures, seq_lens, 48, 4, 8, 60, 0)
     q = normal(2, 1, 4, 64)
     torch.library.opcheck(sparse_kernels._sparse_attention, (q[:, 0], k_cache, v_cache, indices, 0.125), test_utils=checks)
@@ -423,8 +442,9 @@ def test_compiles_in_one_graph():
 
 
 @gpu_only
-def test_graph_replays_at_other_lengths():
-    inputs = decode_inputs(S=700)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graph_replays_at_other_lengths(dtype):
+    inputs = decode_inputs(S=700, dtype=dtype)
     seq_lens = inputs[-1]
     decode_step(*inputs)  # compiles
     graph = torch.cuda.CUDAGraph()
