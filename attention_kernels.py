@@ -72,30 +72,37 @@ def _store_rows(out, lse, row, valid, value, value_lse, D: tl.constexpr, BLOCK_D
 
 @triton.jit
 def _combine_kernel(partial, partial_lse, out, lse, n_splits, D: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
-    """COLUMNS of a row of out [*, D] and lse [*] from its splits: partial [*, n_splits, D] and partial_lse [*, n_splits]."""
+    """COLUMNS of a row of out [*, D] and lse [*] from its splits: partial [*, n_splits, D] and partial_lse [*, n_splits].
+
+    One warp, in chunks of four columns, with all else laid out as these loads are, for a change of layout would take shared
+    memory: 32 bytes of it in this kernel cost the chain of kernels it ends up to 4 us.
+    """
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    chunk = tl.program_id(1) * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
+    column = 4 * chunk[:, None] + tl.arange(0, 4)[None, :]
     after_previous()
-    top = float("-inf")
-    total = 0.0
-    acc = tl.zeros([COLUMNS], tl.float32)
+    top = tl.full([COLUMNS // 4], float("-inf"), tl.float32)  # the same in every chunk, as is total
+    total = tl.zeros([COLUMNS // 4], tl.float32)
+    acc = tl.zeros([COLUMNS // 4, 4], tl.float32)
     for first in range(0, n_splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)
-        at = row * n_splits + split
+        split = first + tl.arange(0, SPLITS)[None, :] + 0 * chunk[:, None]  # [COLUMNS / 4, SPLITS]
+        at = tl.max_contiguous(row * n_splits + split, [1, 1])  # neighbours would be loaded by one lane otherwise
         part_lse = tl.load(partial_lse + at, mask=split < n_splits, other=float("-inf")) * 1.4426950408889634  # base 2
-        part = tl.load(partial + at[:, None] * D + column[None, :], mask=(split < n_splits)[:, None] & (column < D)[None, :],
-                       other=0.0)
-        new_top = tl.maximum(top, tl.max(part_lse, axis=0))
+        part = tl.load(partial + at[:, :, None] * D + column[:, None, :],
+                       mask=(split < n_splits)[:, :, None] & (column < D)[:, None, :], other=0.0)
+        new_top = tl.maximum(top, tl.max(part_lse, axis=1))
         pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
         keep = tl.exp2(top - pivot)
-        weights = tl.exp2(part_lse - pivot)
-        total = total * keep + tl.sum(weights, axis=0)
-        acc = acc * keep + tl.sum(weights[:, None] * part, axis=0)
+        weights = tl.exp2(part_lse - pivot[:, None])
+        total = total * keep + tl.sum(weights, axis=1)
+        acc = acc * keep[:, None] + tl.sum(weights[:, :, None] * part, axis=1)
         top = new_top
     safe = tl.where(total > 0, total, 1.0)
-    tl.store(out + row * D + column, (acc / safe).to(out.dtype.element_ty), mask=column < D)
-    if tl.program_id(1) == 0:
-        tl.store(lse + row, (top + tl.log2(safe)) * 0.6931471805599453)  # ln 2
+    lane = tl.arange(0, 128 // COLUMNS)[None, :, None]  # those that have the same sums; the first one stores them
+    value = (acc / safe[:, None])[:, None, :] + tl.zeros_like(lane)
+    column = column[:, None, :] + 0 * lane
+    tl.store(out + row * D + column, value.to(out.dtype.element_ty), mask=(column < D) & (lane == 0))
+    tl.store(lse + row + 0 * chunk, (top + tl.log2(safe)) * 0.6931471805599453, mask=chunk == 0)  # ln 2
 
 
 def _partial(out: Tensor, lse: Tensor, n_splits: int) -> tuple[Tensor, Tensor]:
@@ -111,13 +118,13 @@ def _combine(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, n_s
     if n_splits == 1:
         return
     rows, D = lse.numel(), out.shape[-1]
-    # up to 128 splits of some columns at once, 64 numbers a thread; of few rows fewer columns, for more programs
+    # at least 512 programs, but 64 bytes of a row or more and no more than 64 numbers a thread at once
+    columns = min(max(16, triton.next_power_of_2(rows * D // 512)), triton.next_power_of_2(D), 128)
     splits = triton.next_power_of_2(n_splits)
-    columns = min(64 if rows <= 256 else triton.next_power_of_2(D), max(2048 // splits, 16))
-    splits = min(splits, 2048 // columns)
-    # one warp: several would have to wait for each other's sums
+    columns = min(columns, max(2048 // splits, 16))
     _combine_kernel[(rows, triton.cdiv(D, columns))](partial, partial_lse, out, lse, n_splits, D=D, COLUMNS=columns,
-                                                     SPLITS=splits, num_warps=1, launch_pdl=DEPENDENT_LAUNCH)
+                                                     SPLITS=min(splits, 2048 // columns), num_warps=1,
+                                                     launch_pdl=DEPENDENT_LAUNCH)
 
 
 def _block_d(D: int) -> int:
