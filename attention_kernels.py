@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hash_kernels import DEPENDENT_LAUNCH, after_previous, checked_rows, splits_per_row
+from hash_kernels import DEPENDENT_LAUNCH, after_previous, checked_rows, even_split
 
 # ------------------------------------------------------------------------------------------------------ launch parameters
 
@@ -29,11 +29,16 @@ def _dense_parameters(rows: int, M: int, S: int, element_size: int) -> dict[str,
         block_n, programs, num_warps, num_stages = 32, 256, 4, 2
     else:
         block_n, programs, num_warps, num_stages = 32, 512, 2 if wide else 4, 2
-    n_splits = splits_per_row(programs, rows * triton.cdiv(M, block_m), triton.cdiv(S, block_n))
+    n_splits = even_split(triton.cdiv(S, block_n), programs // (rows * triton.cdiv(M, block_m)))
     return {"block_m": block_m, "block_n": block_n, "n_splits": n_splits, "num_warps": num_warps, "num_stages": num_stages}
 
 
 # ----------------------------------------------------------------------------------------------------- attend: shared parts
+
+# Softmax is computed in base 2, whose powers and logarithms are instructions.
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def _attend(q, k, v, visible, top, total, acc, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
@@ -59,7 +64,7 @@ def _attend(q, k, v, visible, top, total, acc, scale_log2, MASKED: tl.constexpr,
 def _finish(top, total, acc):
     """Normalised output and log-sum-exp; a query that saw nothing gets 0 and -inf."""
     safe = tl.where(total > 0, total, 1.0)
-    return acc / safe[:, None], (top + tl.log2(safe)) * 0.6931471805599453  # ln 2
+    return acc / safe[:, None], (top + tl.log2(safe)) * LN_2
 
 
 @triton.jit
@@ -87,7 +92,7 @@ def _combine_kernel(partial, partial_lse, out, lse, n_splits, D: tl.constexpr, C
     for first in range(0, n_splits, SPLITS):
         split = first + tl.arange(0, SPLITS)[None, :] + 0 * chunk[:, None]  # [COLUMNS / 4, SPLITS]
         at = tl.max_contiguous(row * n_splits + split, [1, 1])  # neighbours would be loaded by one lane otherwise
-        part_lse = tl.load(partial_lse + at, mask=split < n_splits, other=float("-inf")) * 1.4426950408889634  # base 2
+        part_lse = tl.load(partial_lse + at, mask=split < n_splits, other=float("-inf")) * LOG2_E
         part = tl.load(partial + at[:, :, None] * D + column[:, None, :],
                        mask=(split < n_splits)[:, :, None] & (column < D)[:, None, :], other=0.0)
         new_top = tl.maximum(top, tl.max(part_lse, axis=1))
@@ -102,7 +107,7 @@ def _combine_kernel(partial, partial_lse, out, lse, n_splits, D: tl.constexpr, C
     value = (acc / safe[:, None])[:, None, :] + tl.zeros_like(lane)
     column = column[:, None, :] + 0 * lane
     tl.store(out + row * D + column, value.to(out.dtype.element_ty), mask=(column < D) & (lane == 0))
-    tl.store(lse + row + 0 * chunk, (top + tl.log2(safe)) * 0.6931471805599453, mask=chunk == 0)  # ln 2
+    tl.store(lse + row + 0 * chunk, (top + tl.log2(safe)) * LN_2, mask=chunk == 0)
 
 
 def _partial(out: Tensor, lse: Tensor, n_splits: int) -> tuple[Tensor, Tensor]:
@@ -236,8 +241,7 @@ def _launch_dense(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor,
     partial, partial_lse = _partial(out, lse, n_splits)
     _dense_attention_kernel[(triton.cdiv(G * T, block_m), B * HKV, n_splits)](
         checked_rows(q), checked_rows(k_cache), checked_rows(v_cache), seq_lens, partial, partial_lse,
-        scale * 1.4426950408889634, T, n_splits,  # scores in base 2: log2 e
-        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        scale * LOG2_E.value, T, n_splits, *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
         HKV=HKV, G=G, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=_block_d(D), CAUSAL=causal,
         PRECISION=_precision(q), num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT_LAUNCH)
     _combine(partial, partial_lse, out, lse, n_splits)

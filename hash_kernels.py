@@ -22,21 +22,16 @@ from hash_attention import NUM_BINS
 
 # Chosen by measurement on an H100 and an H200 (132 multiprocessors); a GPU with fewer fills up as well.
 
-def splits_per_row(programs: int, rows: int, tiles: int) -> int:
-    """Programs per row so that all rows have about `programs` together and each has a tile of work."""
-    return max(1, min(tiles, programs // rows))
-
-
 def even_split(pieces: int, target: int) -> int:
-    """Programs, about `target` of them, that get equally many of the pieces, but for the last one."""
+    """Programs, about `target` of them and at least one, that get equally many of the pieces, but for the last one."""
     return triton.cdiv(pieces, max(1, round(pieces / max(target, 1))))
 
 
 def _select_parameters(rows: int, S: int, recent: int) -> dict[str, int]:
     """chunk: tokens scored, then compacted, at a time, 256 a scoring warp or more; a block's range is a multiple of it.
 
-    compact_warps: more than one would take shared memory, and with as little
-    as 32 bytes of it the chain of kernels took 1 to 4 us more, 12 at 1 x 512K.
+    compact_warps: more than one would take shared memory, and with as little as 32 bytes of it the chain of kernels took 1 to
+    4 us more, 12 at 1 x 512K.
     """
     chunk = 1024
     # the limits lie between powers of two: a cache has some tokens more than the context it is made for

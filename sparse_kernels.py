@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_kernels import _attend, _block_d, _combine, _finish, _partial, _precision, _store_rows
-from hash_kernels import DEPENDENT_LAUNCH, INTERPRETED, after_previous, checked_rows, even_split, splits_per_row
+from attention_kernels import LN_2, LOG2_E, _attend, _block_d, _combine, _finish, _partial, _precision, _store_rows
+from hash_kernels import DEPENDENT_LAUNCH, INTERPRETED, after_previous, checked_rows, even_split
 
 
 def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor,
@@ -56,7 +56,7 @@ def _register_splits(rows: int, K: int) -> int:
 
 def _tile_parameters(rows: int, K: int, element_size: int) -> dict[str, int]:
     block_k = 64 if element_size <= 2 else 32
-    return {"block_k": block_k, "n_splits": splits_per_row(512, rows, triton.cdiv(K, block_k)), "num_warps": 2, "num_stages": 2}
+    return {"block_k": block_k, "n_splits": even_split(triton.cdiv(K, block_k), 512 // rows), "num_warps": 2, "num_stages": 2}
 
 
 # ----------------------------------------------------------------------------------------------------------- in registers
@@ -258,25 +258,31 @@ def _register_attention_kernel(q, k_cache, v_cache, indices, partial, partial_ls
         tl.inline_asm_elementwise(_store_code(VALUE_WORDS), "=r,l,r" + ",f" * (2 * VALUE_WORDS),
                                   ((partial + at * D).to(tl.int64) + 32 * g, (member < G).to(tl.int32)) + channels,
                                   dtype=tl.int32, is_pure=False, pack=1)
-        tl.store(partial_lse + at, (top[i] + tl.log2(safe)) * 0.6931471805599453, mask=(member < G) & (g == 0))  # ln 2
+        tl.store(partial_lse + at, (top[i] + tl.log2(safe)) * LN_2, mask=(member < G) & (g == 0))
 
 
-def _launch_in_registers(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float, *,
-                         n_splits: int) -> tuple[Tensor, Tensor]:
+def _launch(kernel: triton.JITFunction, q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float,
+            n_splits: int, per_split: int, **options: object) -> tuple[Tensor, Tensor]:
+    """Either kernel over n_splits splits of per_split tokens or tiles, as it counts, and the sums combined."""
     B, Hq, D = q.shape
     HEADS, K = indices.shape[1:]
     out = torch.empty((B, Hq, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, Hq), dtype=torch.float32, device=q.device)
-    n_splits = max(n_splits, 2)  # so that all that is written is float32, and a second kernel rounds it
     partial, partial_lse = _partial(out, lse, n_splits)
-    _register_attention_kernel[(n_splits, B * HEADS)](
+    kernel[(n_splits, B * HEADS)](
         checked_rows(q), checked_rows(k_cache), checked_rows(v_cache), indices.contiguous(), partial, partial_lse,
-        scale * 1.4426950408889634, K, n_splits, 16 * triton.cdiv(triton.cdiv(K, 16), n_splits),  # scores in base 2: log2 e
-        *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        HEADS=HEADS, HEADS_PER_KV=HEADS // k_cache.shape[1], G=Hq // HEADS, D=D,
-        TYPE="bf16" if q.dtype == torch.bfloat16 else "f16", num_warps=1, launch_pdl=DEPENDENT_LAUNCH)
+        scale * LOG2_E.value, K, n_splits, per_split, *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        HEADS=HEADS, HEADS_PER_KV=HEADS // k_cache.shape[1], G=Hq // HEADS, D=D, launch_pdl=DEPENDENT_LAUNCH, **options)
     _combine(partial, partial_lse, out, lse, n_splits)
     return out, lse
+
+
+def _launch_in_registers(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float, *,
+                         n_splits: int) -> tuple[Tensor, Tensor]:
+    n_splits = max(n_splits, 2)  # so that all that is written is float32, and a second kernel rounds it
+    per_split = 16 * triton.cdiv(triton.cdiv(indices.shape[2], 16), n_splits)
+    return _launch(_register_attention_kernel, q, k_cache, v_cache, indices, scale, n_splits, per_split,
+                   TYPE="bf16" if q.dtype == torch.bfloat16 else "f16", num_warps=1)
 
 
 # --------------------------------------------------------------------------------------------------------------- in tiles
@@ -317,18 +323,8 @@ def _tile_attention_kernel(q, k_cache, v_cache, indices, partial, partial_lse, s
 
 def _launch_in_tiles(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float, *, block_k: int,
                      n_splits: int, num_warps: int, num_stages: int) -> tuple[Tensor, Tensor]:
-    B, Hq, D = q.shape
-    HEADS, K = indices.shape[1:]
-    G = Hq // HEADS
-    out = torch.empty((B, Hq, D), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, Hq), dtype=torch.float32, device=q.device)
-    partial, partial_lse = _partial(out, lse, n_splits)
-    _tile_attention_kernel[(n_splits, B * HEADS)](
-        checked_rows(q), checked_rows(k_cache), checked_rows(v_cache), indices.contiguous(), partial, partial_lse,
-        scale * 1.4426950408889634, K, n_splits, triton.cdiv(triton.cdiv(K, block_k), n_splits),  # scores in base 2: log2 e
-        *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        HEADS=HEADS, HEADS_PER_KV=HEADS // k_cache.shape[1], G=G, D=D, BLOCK_G=max(16, triton.next_power_of_2(G)),
-        BLOCK_K=block_k, BLOCK_D=_block_d(D), PRECISION=_precision(q),
-        num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT_LAUNCH)
-    _combine(partial, partial_lse, out, lse, n_splits)
-    return out, lse
+    per_split = triton.cdiv(triton.cdiv(indices.shape[2], block_k), n_splits)
+    block_g = max(16, triton.next_power_of_2(q.shape[1] // indices.shape[1]))
+    return _launch(_tile_attention_kernel, q, k_cache, v_cache, indices, scale, n_splits, per_split, BLOCK_G=block_g,
+                   BLOCK_K=block_k, BLOCK_D=_block_d(q.shape[2]), PRECISION=_precision(q), num_warps=num_warps,
+                   num_stages=num_stages)

@@ -12,7 +12,7 @@ import torch
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 import attention_kernels  # noqa: E402
 import hash_attention as reference  # noqa: E402
@@ -352,6 +352,34 @@ def test_sparse_large_scores(dtype):
     q, k_cache = (normal(1, heads, size, 64, dtype=dtype) * 30 for heads, size in ((4, 1), (2, 100)))
     q, v_cache = q[:, :, 0], normal(1, 2, 100, 64, dtype=dtype)
     check_sparse(q, k_cache, v_cache, random_indices(1, 2, 90, 100))
+
+
+@pytest.mark.parametrize(("rows", "n_splits", "D"), [(3, 2, 64), (2, 200, 128), (600, 20, 96), (5, 7, 256), (4, 3, 8)])
+def test_combine(rows, n_splits, D):
+    """Few rows and many, splits of one turn and of several; splits and a whole row that saw nothing."""
+    lse = 5 * normal(rows, n_splits)
+    lse[0] = lse[1, 0] = -torch.inf
+    partial = normal(rows, n_splits, D).masked_fill((lse == -torch.inf)[..., None], 0.0)
+    out, out_lse = torch.empty_like(partial[:, 0]), torch.empty_like(lse[:, 0])
+    attention_kernels._combine(partial, lse, out, out_lse, n_splits)
+    total = lse.logsumexp(1)
+    weights = (lse - total[:, None]).exp().nan_to_num(0.0)
+    assert_close((out, out_lse), ((weights[..., None] * partial).sum(1), total), torch.float32)
+
+
+@gpu_only
+@pytest.mark.parametrize(("B", "budget"), [(1, 2048), (1, 4096), (8, 1024)])
+def test_no_shared_memory(monkeypatch, B, budget):
+    """From scores to the combined output no kernel takes any: one that does delays those around it by microseconds."""
+    launched = []
+    run = triton.JITFunction.run
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *args, **kwargs: launched.append(run(*args, **kwargs)))
+    k_cache, v_cache = normal(B, 8, 8192, 128, dtype=torch.bfloat16), normal(B, 8, 8192, 128, dtype=torch.bfloat16)
+    indices = kernels.select_tokens(random_planes(HashConfig(), B, 8, 4), random_signatures(B, 8, 8192, 1),
+                                    lengths(*[8000] * B), budget, 64, 128, budget, 0, (k_cache, v_cache))
+    sparse_kernels.sparse_attention(normal(B, 32, 128, dtype=torch.bfloat16), k_cache, v_cache, indices)
+    assert [(kernel.metadata.name, kernel.metadata.shared) for kernel in launched] == [
+        ("_score_kernel", 0), ("_compact_kernel", 0), ("_register_attention_kernel", 0), ("_combine_kernel", 0)]
 
 
 # ----------------------------------------------------------------------------------------------------------- attend: dense
