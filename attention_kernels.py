@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hash_kernels import DEPENDENT_LAUNCH, after_previous, checked_rows, even_split
+from hash_kernels import DEPENDENT_LAUNCH, after_previous, checked_rows, splits_per_row
 
 # ------------------------------------------------------------------------------------------------------ launch parameters
 
@@ -29,7 +29,7 @@ def _dense_parameters(rows: int, M: int, S: int, element_size: int) -> dict[str,
         block_n, programs, num_warps, num_stages = 32, 256, 4, 2
     else:
         block_n, programs, num_warps, num_stages = 32, 512, 2 if wide else 4, 2
-    n_splits = even_split(triton.cdiv(S, block_n), programs // (rows * triton.cdiv(M, block_m)))
+    n_splits = splits_per_row(programs, rows * triton.cdiv(M, block_m), triton.cdiv(S, block_n))
     return {"block_m": block_m, "block_n": block_n, "n_splits": n_splits, "num_warps": num_warps, "num_stages": num_stages}
 
 
@@ -123,13 +123,11 @@ def _combine(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, n_s
     if n_splits == 1:
         return
     rows, D = lse.numel(), out.shape[-1]
-    # at least 512 programs, but 64 bytes of a row or more and no more than 64 numbers a thread at once
-    columns = min(max(16, triton.next_power_of_2(rows * D // 512)), triton.next_power_of_2(D), 128)
-    splits = triton.next_power_of_2(n_splits)
-    columns = min(columns, max(2048 // splits, 16))
+    # 32 numbers a thread, or 64 where 64 bytes of a row would be more than that
+    splits = min(triton.next_power_of_2(n_splits), 128)
+    columns = min(max(1024 // splits, 16), triton.next_power_of_2(D), 128)
     _combine_kernel[(rows, triton.cdiv(D, columns))](partial, partial_lse, out, lse, n_splits, D=D, COLUMNS=columns,
-                                                     SPLITS=min(splits, 2048 // columns), num_warps=1,
-                                                     launch_pdl=DEPENDENT_LAUNCH)
+                                                     SPLITS=splits, num_warps=1, launch_pdl=DEPENDENT_LAUNCH)
 
 
 def _block_d(D: int) -> int:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_kernels import LN_2, LOG2_E, _attend, _block_d, _combine, _finish, _partial, _precision, _store_rows
-from hash_kernels import DEPENDENT_LAUNCH, INTERPRETED, after_previous, checked_rows, even_split
+from hash_kernels import DEPENDENT_LAUNCH, INTERPRETED, after_previous, checked_rows, even_split, splits_per_row
 
 
 def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor,
@@ -56,7 +56,7 @@ def _register_splits(rows: int, K: int) -> int:
 
 def _tile_parameters(rows: int, K: int, element_size: int) -> dict[str, int]:
     block_k = 64 if element_size <= 2 else 32
-    return {"block_k": block_k, "n_splits": even_split(triton.cdiv(K, block_k), 512 // rows), "num_warps": 2, "num_stages": 2}
+    return {"block_k": block_k, "n_splits": splits_per_row(512, rows, triton.cdiv(K, block_k)), "num_warps": 2, "num_stages": 2}
 
 
 # ----------------------------------------------------------------------------------------------------------- in registers
