@@ -79,8 +79,10 @@ def _store_rows(out, lse, row, valid, value, value_lse, D: tl.constexpr, BLOCK_D
 def _combine_kernel(partial, partial_lse, out, lse, n_splits, D: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
     """COLUMNS of a row of out [*, D] and lse [*] from its splits: partial [*, n_splits, D] and partial_lse [*, n_splits].
 
-    One warp, in chunks of four columns, with all else laid out as these loads are, for a change of layout would take shared
-    memory: 32 bytes of it in this kernel cost the chain of kernels it ends up to 4 us.
+    One warp. A lane takes chunks of four columns, of every so many splits, and needs their weights alone: so no layout has to
+    change, which would take shared memory, and 32 bytes of it delay the kernels around this one by up to 5 us. Triton lays a
+    load or store out along the dimension with most neighbours, and ties are broken otherwise in every version. So these are
+    told of neighbours, two in chunks and one in splits, even where there are none. Alignment to 1 keeps it from loading two.
     """
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1) * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
@@ -90,10 +92,10 @@ def _combine_kernel(partial, partial_lse, out, lse, n_splits, D: tl.constexpr, C
     total = tl.zeros([COLUMNS // 4], tl.float32)
     acc = tl.zeros([COLUMNS // 4, 4], tl.float32)
     for first in range(0, n_splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)[None, :] + 0 * chunk[:, None]  # [COLUMNS / 4, SPLITS]
-        at = tl.max_contiguous(row * n_splits + split, [1, 1])  # neighbours would be loaded by one lane otherwise
+        split = first + tl.arange(0, SPLITS)[None, :] + (chunk[:, None] >> 31)  # [COLUMNS / 4, SPLITS]; the shift gives 0
+        at = tl.multiple_of(tl.max_contiguous(row * n_splits + split, [2, 1]), [1, 1])
         part_lse = tl.load(partial_lse + at, mask=split < n_splits, other=float("-inf")) * LOG2_E
-        part = tl.load(partial + at[:, :, None] * D + column[:, None, :],
+        part = tl.load(partial + tl.max_contiguous(at[:, :, None] * D + column[:, None, :], [2, 1, 4]),
                        mask=(split < n_splits)[:, :, None] & (column < D)[:, None, :], other=0.0)
         new_top = tl.maximum(top, tl.max(part_lse, axis=1))
         pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -103,10 +105,11 @@ def _combine_kernel(partial, partial_lse, out, lse, n_splits, D: tl.constexpr, C
         acc = acc * keep[:, None] + tl.sum(weights[:, :, None] * part, axis=1)
         top = new_top
     safe = tl.where(total > 0, total, 1.0)
-    lane = tl.arange(0, 128 // COLUMNS)[None, :, None]  # those that have the same sums; the first one stores them
+    lane = tl.arange(0, 128 // COLUMNS)[None, :, None]  # the lanes that hold the same sums; the first stores them
     value = (acc / safe[:, None])[:, None, :] + tl.zeros_like(lane)
     column = column[:, None, :] + 0 * lane
-    tl.store(out + row * D + column, value.to(out.dtype.element_ty), mask=(column < D) & (lane == 0))
+    out += tl.max_contiguous(row * D + column, [2, 1, 4])
+    tl.store(out, value.to(out.dtype.element_ty), mask=(column < D) & (lane == 0))
     tl.store(lse + row + 0 * chunk, (top + tl.log2(safe)) * LN_2, mask=chunk == 0)
 
 
@@ -123,7 +126,7 @@ def _combine(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, n_s
     if n_splits == 1:
         return
     rows, D = lse.numel(), out.shape[-1]
-    # 32 numbers a thread, or 64 where 64 bytes of a row would be more than that
+    # at most 32 numbers a lane, but no fewer than 16 columns (64 bytes), which with 128 splits makes 64
     splits = min(triton.next_power_of_2(n_splits), 128)
     columns = min(max(1024 // splits, 16), triton.next_power_of_2(D), 128)
     _combine_kernel[(rows, triton.cdiv(D, columns))](partial, partial_lse, out, lse, n_splits, D=D, COLUMNS=columns,

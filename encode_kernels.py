@@ -41,7 +41,7 @@ def _weights(weight, HALF: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr
 
 @triton.jit
 def _products(first, second, weights):
-    """float32 [BLOCK, BITS]: their sums over a head's channels are x @ weight, for the halves of x and of weight."""
+    """The products of x @ weight, float32 [BLOCK, BITS]: a head's halves are added, axis 0 is left to sum."""
     return first.to(tl.float32)[:, None] * weights[0] + second.to(tl.float32)[:, None] * weights[1]
 
 
@@ -79,11 +79,16 @@ def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight
         for g in tl.static_range(G):
             query_weights += (_weights(query_weight + (head * G + g) * (D * BITS), HALF, BLOCK, BITS),)
     if KEYS:
-        bias = tl.load(key_bias + head * BITS + bit)
+        key_biases = tl.load(key_bias + head * BITS + bit)
+    codes = tl.zeros([BITS], tl.float32)
     query_biases = ()
     if QUERIES:
         for g in tl.static_range(G):
-            query_biases += (tl.load(query_bias + (head * G + g) * BITS + bit),)
+            biases = tl.load(query_bias + (head * G + g) * BITS + bit)
+            if SIGNS:
+                query_biases += (biases,)
+            else:
+                codes += biases
     after_previous()
     # all loads come before the first store, which they would otherwise have to wait for
     position = tl.load(seq_lens + batch).to(tl.int64) - T + t
@@ -105,10 +110,9 @@ def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight
     if KEYS:
         if not EARLY:
             key_weights = _weights(key_weight + head * (D * BITS), HALF, BLOCK, BITS)
-        code = tl.sum(_products(key_first, key_second, key_weights), axis=0) + bias
+        code = tl.sum(_products(key_first, key_second, key_weights), axis=0) + key_biases
         tl.store(signatures + batch * x_b + head * x_h + position * x_s + word, _pack(code > 0, WORDS))
     if QUERIES:
-        codes = tl.zeros([BITS], tl.float32)
         products = tl.zeros([BLOCK, BITS], tl.float32)  # of all queries, so that they are summed over channels but once
         for g in tl.static_range(G):
             if EARLY:
@@ -120,7 +124,6 @@ def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight
                 codes += tl.where(code > 0, 1.0, -1.0)
             else:
                 products += _products(queries[g][0], queries[g][1], weights)
-                codes += query_biases[g]
         if not SIGNS:
             codes += tl.sum(products, axis=0)
             largest = tl.max(tl.abs(codes), axis=0)
@@ -136,9 +139,9 @@ def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight
 
 
 def _parameters(weights: int) -> tuple[bool, int]:
-    """Of a program with so many weights: are they loaded early, and its warps. By measurement on an H200.
+    """Whether a program with so many weights loads them early, and how many warps it has. By measurement on an H200.
 
-    Fewer warps have fewer sums to exchange, but registers must hold the weights: at most 160 of a thread's 255.
+    Fewer warps have fewer sums to exchange, but their registers must hold the weights, in up to 160 of a lane's 255.
     """
     return weights <= 2 ** 15, 4 if weights <= 5 * 2 ** 12 else 8
 
@@ -168,13 +171,16 @@ def _rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, key_weight: Tenso
     HEADS, WORDS = (signatures.shape[1], signatures.shape[3]) if encode else (HKV, 1)
     q = torch.empty((B, T, HQ, D), dtype=qkv.dtype, device=qkv.device)
     planes = torch.empty((B, HEADS, 1 + P, WORDS), dtype=torch.int32, device=qkv.device)
-    early, num_warps = _parameters((1 + HQ // HEADS) * D * 32 * WORDS) if encode and T == 1 else (False, 8 if encode else 4)
+    block = triton.next_power_of_2(D // 2)
+    early, num_warps = False, 8 if encode else 4
+    if encode and T == 1:
+        early, num_warps = _parameters((1 + HQ // HEADS) * 2 * block * 32 * WORDS)
     _rope_encode_append_kernel[(HEADS, B, T)](
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), key_weight, key_bias, query_weight, query_bias, seq_lens,
         q, planes,
         checked_rows(k_cache), checked_rows(v_cache), signatures, T, *k_cache.stride()[:3], *v_cache.stride()[:3],
         *(signatures.stride()[:3] if encode else (0, 0, 0)),
-        HQ=HQ, HKV=HKV, HEADS=HEADS, D=D, BLOCK=triton.next_power_of_2(D // 2), WORDS=WORDS, P=P, SIGNS=query_bits == 1,
+        HQ=HQ, HKV=HKV, HEADS=HEADS, D=D, BLOCK=block, WORDS=WORDS, P=P, SIGNS=query_bits == 1,
         KEYS=encode, QUERIES=encode and T == 1, EARLY=early, num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
     return q, planes
 

@@ -23,15 +23,15 @@ from hash_attention import NUM_BINS
 # Chosen by measurement on an H100 and an H200 (132 multiprocessors); a GPU with fewer fills up as well.
 
 def splits_per_row(programs: int, rows: int, tiles: int) -> int:
-    """Programs per row so that all rows have about `programs` together, hardly more, and each has a tile of work."""
+    """Programs per row: as many as keep all rows together within `programs`, but one at least and no more than tiles."""
     return max(1, min(tiles, programs // rows))
 
 
 def even_split(pieces: int, target: int) -> int:
     """Programs, about `target` of them, that get equally many of the pieces, but for the last one.
 
-    That can be some more than `target`, which does not suit programs of which few fit a GPU: dense attention took 1.4 times as
-    long with nine splits a row, the last of them nearly empty, as with eight.
+    That can be half as many again as `target`, which does not suit programs of which few fit a GPU: dense attention took 1.4
+    times as long with nine splits a row, the last of them nearly empty, as with eight.
     """
     return triton.cdiv(pieces, max(1, round(pieces / max(target, 1))))
 

@@ -263,7 +263,7 @@ def _register_attention_kernel(q, k_cache, v_cache, indices, partial, partial_ls
 
 def _launch(kernel: triton.JITFunction, q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float,
             n_splits: int, per_split: int, **options: object) -> tuple[Tensor, Tensor]:
-    """Either kernel over n_splits splits of per_split tokens or tiles, as it counts, and the sums combined."""
+    """Either kernel over n_splits splits, and their results combined. per_split: tokens in registers, tiles in tiles."""
     B, Hq, D = q.shape
     HEADS, K = indices.shape[1:]
     out = torch.empty((B, Hq, D), dtype=q.dtype, device=q.device)

@@ -90,7 +90,7 @@ def encoder_for(config: HashConfig, Hq: int, Hkv: int, D: int) -> reference.Hash
 
 
 ENCODERS = [None, HashConfig(), HashConfig(bits=128, query_bits=1), HashConfig(bits=64, query_bits=8), HashConfig(query_bits=2),
-            HashConfig(share="query"), HashConfig(query_bits=1, share="query")]
+            HashConfig(bits=128), HashConfig(share="query"), HashConfig(query_bits=1, share="query")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -354,32 +354,55 @@ def test_sparse_large_scores(dtype):
     check_sparse(q, k_cache, v_cache, random_indices(1, 2, 90, 100))
 
 
-@pytest.mark.parametrize(("rows", "n_splits", "D"), [(3, 2, 64), (2, 200, 128), (600, 20, 96), (5, 7, 256), (4, 3, 8)])
-def test_combine(rows, n_splits, D):
-    """Few rows and many, splits of one turn and of several; splits and a whole row that saw nothing."""
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "n_splits", "D"),
+                         [(3, 2, 64), (5, 20, 80), (2, 200, 128), (3, 150, 96), (5, 7, 256), (4, 3, 12)])
+def test_combine(rows, n_splits, D, dtype):
+    """Splits of one turn and of several, columns that no chunk divides; splits, turns and a whole row that saw nothing."""
     lse = 5 * normal(rows, n_splits)
-    lse[0] = lse[1, 0] = -torch.inf
-    partial = normal(rows, n_splits, D).masked_fill((lse == -torch.inf)[..., None], 0.0)
-    out, out_lse = torch.empty_like(partial[:, 0]), torch.empty_like(lse[:, 0])
-    attention_kernels._combine(partial, lse, out, out_lse, n_splits)
+    lse[0] = lse[1, :-1] = -torch.inf
+    parts = normal(rows, n_splits, D).masked_fill((lse == -torch.inf)[..., None], 0.0)
+    guarded = torch.full((rows + 1, D), 7.0, dtype=dtype, device=DEVICE)
+    out, out_lse = guarded[:rows], torch.empty_like(lse[:, 0])
+    attention_kernels._combine(parts, lse, out, out_lse, n_splits)
     total = lse.logsumexp(1)
     weights = (lse - total[:, None]).exp().nan_to_num(0.0)
-    assert_close((out, out_lse), ((weights[..., None] * partial).sum(1), total), torch.float32)
+    assert_close((out, out_lse), ((weights[..., None] * parts).sum(1), total), dtype)
+    assert (guarded[rows] == 7).all()
+
+
+def shared_memory(monkeypatch, run) -> list[tuple[str, int]]:
+    """The kernels that run() launches, with the shared memory each takes."""
+    launched, launch = [], triton.JITFunction.run
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *args, **kwargs: launched.append(launch(*args, **kwargs)))
+    run()
+    return [(kernel.metadata.name, kernel.metadata.shared) for kernel in launched]
 
 
 @gpu_only
 @pytest.mark.parametrize(("B", "budget"), [(1, 2048), (1, 4096), (8, 1024)])
 def test_no_shared_memory(monkeypatch, B, budget):
     """From scores to the combined output no kernel takes any: one that does delays those around it by microseconds."""
-    launched = []
-    run = triton.JITFunction.run
-    monkeypatch.setattr(triton.JITFunction, "run", lambda *args, **kwargs: launched.append(run(*args, **kwargs)))
     k_cache, v_cache = normal(B, 8, 8192, 128, dtype=torch.bfloat16), normal(B, 8, 8192, 128, dtype=torch.bfloat16)
-    indices = kernels.select_tokens(random_planes(HashConfig(), B, 8, 4), random_signatures(B, 8, 8192, 1),
-                                    lengths(*[8000] * B), budget, 64, 128, budget, 0, (k_cache, v_cache))
-    sparse_kernels.sparse_attention(normal(B, 32, 128, dtype=torch.bfloat16), k_cache, v_cache, indices)
-    assert [(kernel.metadata.name, kernel.metadata.shared) for kernel in launched] == [
+    arguments = random_planes(HashConfig(), B, 8, 4), random_signatures(B, 8, 8192, 1), lengths(*[8000] * B)
+    q = normal(B, 32, 128, dtype=torch.bfloat16)
+
+    def attend():
+        indices = kernels.select_tokens(*arguments, budget, 64, 128, budget, 0, (k_cache, v_cache))
+        sparse_kernels.sparse_attention(q, k_cache, v_cache, indices)
+
+    assert shared_memory(monkeypatch, attend) == [
         ("_score_kernel", 0), ("_compact_kernel", 0), ("_register_attention_kernel", 0), ("_combine_kernel", 0)]
+
+
+@gpu_only
+@pytest.mark.parametrize("D", [64, 80, 128])
+@pytest.mark.parametrize("n_splits", [2, 5, 8, 11, 33, 64, 128])
+def test_combine_without_shared_memory(monkeypatch, n_splits, D):
+    parts, lse = normal(3, n_splits, D), normal(3, n_splits)
+    out = normal(3, D, dtype=torch.bfloat16)
+    combine = partial(attention_kernels._combine, parts, lse, out, lse[:, 0].clone(), n_splits)
+    assert shared_memory(monkeypatch, combine) == [("_combine_kernel", 0)]
 
 
 # ----------------------------------------------------------------------------------------------------------- attend: dense
