@@ -361,7 +361,7 @@ def select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: 
     """`select_tokens_reference`, by the Triton kernels where the tensors are on a GPU.
 
     caches: the keys and values that attention reads next. Selection then asks the L2 cache for the rows of the first and last
-    tokens and, where all of them fit, the keys of the selected ones.
+    tokens and, where they are few, the keys of the selected ones.
     """
     if signatures.is_cuda:
         import hash_kernels
