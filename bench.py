@@ -175,12 +175,10 @@ def bench_attention(case: str, mode: str, heads: tuple[int, int, int], bandwidth
     # linear encoders have a kernel of their own; deeper ones are what Inductor makes of the reference
     encode = rope_encode_append if config.depth == 1 else torch.compile(rope_encode_append, dynamic=False)
     limits = (None, budget, budget, SINK, RECENT)
-    parameters = hash_kernels._select_parameters(batch * encoder.n_signature_head, context, RECENT)
-    score_parameters = (parameters["chunk"], parameters["n_blocks"], parameters["score_warps"])
-    compact_parameters = (parameters["chunk"], parameters["compact_warps"])
+    n_blocks = hash_kernels._blocks_per_row(batch * encoder.n_signature_head, context, RECENT)
 
     def score(i: int) -> tuple[Tensor, Tensor]:
-        return hash_kernels._launch_score(planes, signatures[i], seq_lens, limits, encoder.shift, *score_parameters)
+        return hash_kernels._launch_score(planes, signatures[i], seq_lens, limits, encoder.shift, n_blocks)
 
     def select(i: int) -> Tensor:
         return hash_kernels.select_tokens(planes, signatures[i], seq_lens, budget, SINK, RECENT, budget, encoder.shift,
@@ -199,7 +197,7 @@ def bench_attention(case: str, mode: str, heads: tuple[int, int, int], bandwidth
         "encode_us": timed(lambda i: encode(qkv, cos, sin, encoders[i], *caches[i], signatures[i], seq_lens)),
         "score_us": timed(score),
         "select_us": timed(lambda i: hash_kernels._launch_compact(*scored, seq_lens, limits, encoder.n_signature_head,
-                                                                  *caches[i], *compact_parameters)),
+                                                                  *caches[i], n_blocks)),
         "attend_us": timed(lambda i: sparse_attention(q, *caches[i], indices[i])),
         "total_us": timed(lambda i: sparse_attention(q, *caches[i], select(i))),
         "topk_us": timed(lambda i: half_scores.topk(budget, dim=-1, sorted=False)),

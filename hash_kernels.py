@@ -36,19 +36,17 @@ def even_split(pieces: int, target: int) -> int:
     return triton.cdiv(pieces, max(1, round(pieces / max(target, 1))))
 
 
-def _select_parameters(rows: int, S: int, recent: int) -> dict[str, int]:
-    """chunk: tokens scored, then compacted, at a time, 256 a scoring warp or more; a block's range is a multiple of it.
+_CHUNK = tl.constexpr(1024)  # tokens scored, then compacted, at a time: by two warps, 16 a lane, then by one, 32 a lane
 
-    compact_warps: more than one would take shared memory, and with as little as 32 bytes of it the chain of kernels took 1 to
-    4 us more, 12 at 1 x 512K.
-    """
-    chunk = 1024
+
+def _blocks_per_row(rows: int, S: int, recent: int) -> int:
+    """Blocks of whole chunks that both kernels of selection divide a row into."""
     # the limits lie between powers of two: a cache has some tokens more than the context it is made for
     millions = rows * S / 2 ** 20
     programs = 256 if millions < 0.75 else 512 if millions < 1.5 else 1024 if millions < 12 else 4096
-    chunks = max(1, triton.cdiv(S - recent, chunk))  # the last tokens do not compete
+    chunks = max(1, triton.cdiv(S - recent, _CHUNK.value))  # the last tokens do not compete
     n_blocks = min(even_split(chunks, programs // rows), 256)  # the second kernel reads the counts of all
-    return {"chunk": chunk, "n_blocks": n_blocks, "score_warps": 4, "compact_warps": 1}
+    return max(n_blocks, triton.cdiv(S, 2 ** 15))  # a count has 16 bits
 
 
 # Where selection has to ask for more keys, it takes longer by what attention gains, or more (on an H200).
@@ -105,17 +103,15 @@ _MASKS = tl.constexpr("{ .reg .b32 lane, word, owner; .reg .pred p; mov.u32 lane
 
 # Planes of the weights, two by two: $0-1 and $2-3 are what each counts in two tokens' words, $8-9, where they agree with $10,
 # which $11 repeats. Before: $4-5, $6-7.  $12, which $13 repeats: the planes, as _MASKS gives them.
-_COUNT = tl.constexpr("{ .reg .b32 x0, x1, c0, c1, c2, c3; lop3.b32 x0, $8, $10, 0, 0xC3; lop3.b32 x1, $9, $10, 0, 0xC3; "
-                      "mov.b32 c0, $4; mov.b32 c1, $6; mov.b32 c2, $5; mov.b32 c3, $7; "  # lop3: ~(a ^ b)
-                      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {c0, c1, c2, c3}, {x0, x1}, {$12}, "
-                      "{c0, c1, c2, c3}; mov.b32 $0, c0; mov.b32 $2, c1; mov.b32 $1, c2; mov.b32 $3, c3; }")
+_COUNT = tl.constexpr("{ .reg .b32 x0, x1; lop3.b32 x0, $8, $10, 0, 0xC3; lop3.b32 x1, $9, $10, 0, 0xC3; "  # ~(a ^ b)
+                      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {$0, $2, $1, $3}, {x0, x1}, {$12}, "
+                      "{$4, $6, $5, $7}; }")
 
 
 @triton.jit
-def _weigh(words, signs, magnitudes, FIRST: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
-    """What planes FIRST and FIRST + 1, if there is one, add to the scores."""
-    low = tl.zeros_like(words[0])
-    high = low
+def _weigh(low, words, signs, magnitudes, FIRST: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
+    """low plus what planes FIRST and FIRST + 1, if there is one, add to the scores; in units of 1 << FIRST."""
+    high = tl.zeros_like(low)
     for w in tl.static_range(W):
         second = magnitudes[w][FIRST + 1] if FIRST + 1 < P else 0
         # differs by lane, though Triton takes it for one number
@@ -123,7 +119,7 @@ def _weigh(words, signs, magnitudes, FIRST: tl.constexpr, P: tl.constexpr, W: tl
                                           pack=1)
         low, high = tl.inline_asm_elementwise(_COUNT, "=&r,=&r,=&r,=&r" + ",r" * 10, [low, high, words[w], signs[w], masks],
                                               dtype=(tl.int32, tl.int32), is_pure=True, pack=2)
-    return (low + (high << 1)) << FIRST if FIRST + 1 < P else low << FIRST
+    return low + (high << 1) if FIRST + 1 < P else low
 
 
 @triton.jit
@@ -134,110 +130,113 @@ def _add_scores(score, words, signs, magnitudes, P: tl.constexpr, W: tl.constexp
             for p in tl.static_range(P):
                 score += _popcount(~(words[w] ^ signs[w]) & magnitudes[w][p]) << p
     else:
-        for first in tl.static_range(0, P, 2):
-            score += _weigh(words, signs, magnitudes, first, P, W)
+        score = _weigh(score, words, signs, magnitudes, 0, P, W)
+        for first in tl.static_range(2, P, 2):
+            score += _weigh(tl.zeros_like(score), words, signs, magnitudes, first, P, W) << first
     return score
 
 
-# $0: the ranks of four tokens, as bytes.  $1-4: their scores, shifted so that 4 make a bin; saturated to bytes, whose upper six
+# $0: the bins of four tokens, as bytes.  $1-4: their scores, shifted so that 4 make a bin; saturated to bytes, whose upper six
 # bits are the bin.
-_RANKS = tl.constexpr("{ .reg .b32 x; cvt.pack.sat.u8.s32.b32 x, $4, $3, 0; cvt.pack.sat.u8.s32.b32 x, $2, $1, x; "
-                      "shr.u32 x, x, 2; lop3.b32 $0, x, 0x3F3F3F3F, 0x40404040, 0xEA; }")  # (a & b) | c
+_PACK = tl.constexpr("{ .reg .b32 x; cvt.pack.sat.u8.s32.b32 x, $4, $3, 0; cvt.pack.sat.u8.s32.b32 x, $2, $1, x; "
+                     "shr.u32 x, x, 2; and.b32 $0, x, 0x3F3F3F3F; }")
 
 
 @triton.jit
-def _ranks(score, SHIFT: tl.constexpr):
-    """uint8: NUM_BINS plus the bin of each score, clamp(score >> SHIFT, 0, 63)."""
+def _bins(score, total, SHIFT: tl.constexpr):
+    """uint8: the bin of each score, clamp((score - total // 2) >> SHIFT, 0, 63)."""
     if INTERPRETED:
-        ranks = (tl.minimum(tl.maximum(score >> SHIFT, 0), _BINS - 1) + _BINS).to(tl.uint8)
+        bins = tl.minimum(tl.maximum((score - total // 2) >> SHIFT, 0), _BINS - 1).to(tl.uint8)
     else:
-        byte = score << (2 - SHIFT) if SHIFT < 2 else score >> (SHIFT - 2)
-        ranks = tl.inline_asm_elementwise(_RANKS, "=r,r,r,r,r", [byte], dtype=tl.uint8, is_pure=True, pack=4)
-    return ranks
+        if SHIFT < 2:  # a multiplication and the addition in one instruction
+            byte = (score << (2 - SHIFT)) - ((total << (1 - SHIFT)) & (-1 << (2 - SHIFT)))
+        else:
+            byte = (score - total // 2) >> (SHIFT - 2)
+        bins = tl.inline_asm_elementwise(_PACK, "=r,r,r,r,r", [byte], dtype=tl.uint8, is_pure=True, pack=4)
+    return bins
 
 
-# A histogram of 64 bins is a product of two matrices, [8, tokens] and [tokens, 8]: has a token's bin these upper three bits,
-# and these lower three? A lane of an mma holds the answers for one row, or one column, of four tokens, as bytes. It has them
-# from one `prmt`, which looks four numbers below 8 up in a table of eight bytes: 1 at the lane's own row or column. For
-# numbers from 8 on it repeats a byte's sign, so they find zeros. Which lane has which tokens does not matter; the sums stay in
-# the lane that has them.
-#
-# $0-1: the table.  $2: of no use.
-_TABLE = tl.constexpr("{ .reg .b32 lane, one; .reg .pred low; mov.u32 lane, %laneid; "
-                      "shr.u32 lane, lane, 2; setp.lt.u32 low, lane, 4; and.b32 lane, lane, 3; shl.b32 lane, lane, 3; "
-                      "mov.b32 one, 1; shl.b32 one, one, lane; selp.b32 $0, one, 0, low; selp.b32 $1, 0, one, low; }")
-
+# A histogram of 64 bins is a product of two matrices of bits, [8, tokens] and [tokens, 8]: has a token's bin these upper three
+# bits, and these lower three? An mma multiplies them for 64 tokens; each of its lanes gives, for one row and the same column,
+# the answers for 16. Every lane first turns the bins of its own 16 tokens into three words, with one of the upper bits in the
+# upper half of each byte and one of the lower bits in the lower half. An mma's lanes get the words of four lanes and compare
+# them with the number of their row. Which lane has which tokens does not matter; the sums stay in the lane that has them.
 
 @triton.constexpr_function
 def _histogram_code():
-    """Of eight tokens a lane, whose ranks are $16-17. $0-7: a row's counts in two columns, four times, of a quarter of the
-    tokens each; before: $8-15.  $18, $26: _TABLE's.
+    """Of sixteen tokens a lane, whose bins are $32-35. $0-15: a row's counts in two columns, eight times, of an eighth of the
+    tokens each; before: $16-31.
     """
-    lines = [".reg .b32 upper, lower, word, a, b;"]
-    for half in range(2):
-        # four tokens in a word: the lower bits of their bins in its lower half, the upper bits, 8 for a rank of 0, in its upper
-        lines += [f"and.b32 lower, ${16 + half}, 0x07070707; shr.u32 upper, ${16 + half}, 3; "
-                  "lop3.b32 upper, upper, 0x0F0F0F0F, 0x08080808, 0x6A; "  # (a & b) ^ c
-                  "mul.lo.s32 lower, lower, 4097; mul.lo.s32 upper, upper, 4097; prmt.b32 word, lower, upper, 0x7531;"]
-        for group in range(8):  # the words of four lanes: 16 tokens
-            sums = ", ".join(f"${4 * half + 2 * (group % 2) + i}" for i in range(2))
-            lines += [f"shfl.sync.idx.b32 b, word, {4 * group}, 0x31f, 0xffffffff; shr.u32 a, b, 16; "
-                      "prmt.b32 a, $18, $26, a; prmt.b32 b, $18, $26, b; "
-                      f"mma.sync.aligned.m8n8k16.row.col.s32.u8.u8.s32 {{{sums}}}, {{a}}, {{b}}, {{{sums}}};"]
+    lines = [".reg .b32 lane, x, y, u0, u1, v0, v1, w0, w1, w2, m0, m1, m2, r0, r1, r2, r3, a, b; mov.u32 lane, %laneid;"]
+    # all ones where the bit of the lane's row is 0
+    lines += [f"bfe.u32 m{bit}, lane, {2 + bit}, 1; sub.s32 m{bit}, m{bit}, 1;" for bit in range(3)]
+    # the bin's upper bits go to the byte's upper half, the lower ones to the lower
+    lines += [f"and.b32 x, ${32 + j}, 0x38383838; add.s32 r{j}, x, ${32 + j};" for j in range(4)]
+    for even, odd, pair in (("u0", "u1", (0, 1)), ("v0", "v1", (2, 3))):  # a four by four transposition in every half byte
+        lines += [f"shl.b32 y, r{pair[1]}, 1; lop3.b32 {even}, r{pair[0]}, y, 0x55555555, 0xE4; "
+                  f"shr.u32 x, r{pair[0]}, 1; lop3.b32 {odd}, x, r{pair[1]}, 0x55555555, 0xE4;"]  # c ? a : b
+    lines += ["shl.b32 y, v0, 2; lop3.b32 w0, u0, y, 0x33333333, 0xE4; shl.b32 y, v1, 2; lop3.b32 w1, u1, y, 0x33333333, 0xE4; "
+              "shr.u32 x, u0, 2; lop3.b32 w2, x, v0, 0x33333333, 0xE4;"]
+    for group in range(8):  # the words of four lanes: 64 tokens
+        lines += [f"shfl.sync.idx.b32 r{bit}, w{bit}, {4 * group}, 0x31f, 0xffffffff;" for bit in range(3)]
+        lines += ["xor.b32 a, r0, m0; lop3.b32 a, a, r1, m1, 0x60; lop3.b32 a, a, r2, m2, 0x60; "  # a & (b ^ c)
+                  "and.b32 b, a, 0x0F0F0F0F; shr.u32 a, a, 4; "
+                  f"mma.sync.aligned.m8n8k128.row.col.s32.b1.b1.s32.and.popc {{${2 * group}, ${2 * group + 1}}}, {{a}}, {{b}}, "
+                  f"{{${16 + 2 * group}, ${17 + 2 * group}}};"]
     return "{ " + " ".join(lines) + " }"
 
 
 @triton.constexpr_function
-def _store_code():
-    """Add what _histogram_code counted, $8-15, to the [8 + 64] numbers at $16: tokens of a row or a later one, and of each
-    column or a later one of the same row. $0-7, which Triton asks for, stay as they are."""
-    lines = [".reg .b32 lane, even, odd, sum, other; .reg .b64 at; .reg .pred p; mov.u32 lane, %laneid; mov.b32 even, $8; "
-             "mov.b32 odd, $9;"]
-    lines += [f"add.s32 even, even, ${i}; add.s32 odd, odd, ${i + 1};" for i in (10, 12, 14)]
+def _store_code(blocks):
+    """Add what _histogram_code counted, $16-31, to the counts at $32, as _score_kernel describes them. $0-15, which Triton asks
+    for, stay as they are."""
+    lines = [".reg .b32 lane, row, column, even, odd, sum, other, shift; .reg .b64 at; .reg .pred p; mov.u32 lane, %laneid; "
+             "shr.u32 row, lane, 2; and.b32 column, lane, 3; mov.b32 even, $16; mov.b32 odd, $17;"]
+    lines += [f"add.s32 even, even, ${i}; add.s32 odd, odd, ${i + 1};" for i in range(18, 32, 2)]
     lines += ["add.s32 sum, even, odd;"]
     lines += [f"shfl.sync.down.b32 other|p, sum, {t}, 0x1c1f, 0xffffffff; @p add.s32 sum, sum, other;" for t in (1, 2)]
-    lines += ["mad.wide.u32 at, lane, 8, $16; red.relaxed.gpu.global.add.s32 [at + 32], sum; sub.s32 odd, sum, even; "
-              "red.relaxed.gpu.global.add.s32 [at + 36], odd;"]
+    lines += [f"mad.wide.u32 at, row, {16 * blocks}, $32; mad.wide.u32 at, column, 4, at; sub.s32 odd, sum, even; "
+              f"mad.lo.s32 odd, odd, 65536, sum; red.relaxed.gpu.global.add.s32 [at + {16 * blocks}], odd;"]
     lines += [f"shfl.sync.down.b32 other|p, sum, {lane}, 0x1f, 0xffffffff; @p add.s32 sum, sum, other;" for lane in (4, 8, 16)]
-    lines += ["and.b32 other, lane, 3; setp.eq.u32 p, other, 0; mad.wide.u32 at, lane, 1, $16; "  # lane 4 r is of row r
-              "@p red.relaxed.gpu.global.add.s32 [at], sum; // $0\n"]
+    lines += ["setp.eq.u32 p, column, 0; and.b32 shift, lane, 4; shl.b32 shift, shift, 2; shl.b32 sum, sum, shift; "
+              "shr.u32 row, lane, 3; mad.wide.u32 at, row, 4, $32; @p red.relaxed.gpu.global.add.s32 [at], sum; // $0\n"]
     return "{ " + " ".join(lines) + "}"
 
 
 @triton.jit
-def _add_histogram(sums, ranks, CHUNK: tl.constexpr):
-    """Count the bins of ranks [CHUNK], as `_ranks` gives them, except where they are 0.
+def _add_histogram(sums, bins):
+    """Count bins [_CHUNK], as `_bins` gives them.
 
-    sums [CHUNK], at least eight a lane: for `_store_histogram`. Their layout must not change on the way there.
+    sums [_CHUNK], sixteen a lane: for `_store_histogram`. Their layout must not change on the way there.
     """
     if INTERPRETED:
-        ranks = ranks.to(tl.int32)
-        sums += tl.histogram(ranks - _BINS, CHUNK, mask=ranks >= _BINS)
+        sums += tl.histogram(bins.to(tl.int32), _CHUNK)
     else:
-        table = tl.inline_asm_elementwise(_TABLE, "=&r,=&r,r", [0], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
-        registers: tl.constexpr = "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,0,1,2,3,4,5,6,7" + ",r" * 18
-        sums = tl.inline_asm_elementwise(_histogram_code(), registers, [sums, ranks, table[0], table[1]],
-                                         dtype=tl.int32, is_pure=True, pack=8)
+        registers: tl.constexpr = "=&r" + ",=&r" * 15 + ",0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15" + ",r" * 4
+        sums = tl.inline_asm_elementwise(_histogram_code(), registers, [sums, bins], dtype=tl.int32, is_pure=True, pack=16)
     return sums
 
 
 @triton.jit
-def _store_histogram(counts, sums, CHUNK: tl.constexpr):
-    """Add what `_add_histogram` counted to counts [8 + 64]: as `_store_code` says."""
+def _store_histogram(counts, sums, BLOCKS: tl.constexpr):
+    """Add what `_add_histogram` counted to a block's counts, as `_score_kernel` describes them."""
     if INTERPRETED:
-        table = tl.reshape(tl.sum(tl.reshape(sums, [CHUNK // 64, 64]), axis=0), [8, 8])
-        columns = tl.cumsum(table, axis=1, reverse=True)
-        rows = tl.cumsum(tl.sum(table, axis=1), axis=0, reverse=True)
-        tl.store(counts + tl.arange(0, 8), rows)
-        tl.store(counts + 8 + tl.arange(0, 64), tl.reshape(columns, [64]))
+        table = tl.reshape(tl.sum(tl.reshape(sums, [_CHUNK // 64, 64]), axis=0), [8, 8])
+        columns = tl.reshape(tl.cumsum(table, axis=1, reverse=True), [8, 4, 2])
+        rows = tl.reshape(tl.cumsum(tl.sum(table, axis=1), axis=0, reverse=True), [4, 2])
+        high = 16 * tl.arange(0, 2)
+        i = tl.arange(0, 4)
+        tl.atomic_add(counts + i, tl.sum(rows << high[None, :], axis=1))
+        tl.atomic_add(counts + 4 * BLOCKS * (1 + tl.arange(0, 8)[:, None]) + i[None, :],
+                      tl.sum(columns << high[None, None, :], axis=2))
     else:
-        tl.inline_asm_elementwise(_store_code(), "=r,=r,=r,=r,=r,=r,=r,=r" + ",r" * 8 + ",l" * 8, [sums, counts.to(tl.int64)],
-                                  dtype=tl.int32, is_pure=False, pack=8)
+        tl.inline_asm_elementwise(_store_code(BLOCKS), "=r" + ",=r" * 15 + ",r" * 16 + ",l" * 16, [sums, counts.to(tl.int64)],
+                                  dtype=tl.int32, is_pure=False, pack=16)
 
 
 @triton.jit
 def _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
-          HEADS: tl.constexpr, PER_HEAD: tl.constexpr, CHUNK: tl.constexpr):
+          HEADS: tl.constexpr, PER_HEAD: tl.constexpr):
     """(length, low, high, filled, start, stop) of a row and block.
 
     [low, high): the tokens that compete, those before and after being always in; empty where all tokens fit.
@@ -249,20 +248,35 @@ def _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
     filled = tl.minimum(tl.minimum(budget, K), length)
     low = tl.where(filled == length, length, tl.minimum(sink, length))
     high = tl.maximum(length - recent, low)
-    per_block = tl.cdiv(tl.cdiv(high, n_blocks), CHUNK) * CHUNK
+    per_block = tl.cdiv(tl.cdiv(high, n_blocks), _CHUNK) * _CHUNK
     start = block * per_block
     return length, low, high, filled, start, tl.minimum(start + per_block, high)
 
 
-_COUNTS = tl.constexpr(8 + NUM_BINS)  # of a block of tokens
+@triton.jit
+def _load_words(signatures, position, x_s, limit, W: tl.constexpr):
+    """W x the words [..] of the tokens at `position`; of no use from `limit` on."""
+    words = ()
+    for w in tl.static_range(W):
+        words += (tl.load(signatures + position.to(tl.int64) * x_s + w, mask=position < limit),)
+    return words
 
 
 @triton.jit
-def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, K, sink, recent, S, x_b, x_h, x_s, ranks_row,
+def _masked(words, signs, mask, W: tl.constexpr):
+    """words where `mask`, elsewhere words of which no bit agrees with signs, so that the score is 0."""
+    masked = ()
+    for w in tl.static_range(W):
+        masked += (tl.where(mask, words[w], ~signs[w]),)
+    return masked
+
+
+@triton.jit
+def _score_kernel(planes, signatures, seq_lens, bins, counts, budgets, budget, K, sink, recent, S, x_b, x_h, x_s, bins_row,
                   HEADS: tl.constexpr, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, PER_HEAD: tl.constexpr,
-                  CHUNK: tl.constexpr, EARLY: tl.constexpr):
-    """The rank of every token, a byte: 64 + bin where it competes, else 0. And the counts of each block, [8 + 64]: the
-    tokens that compete in each eight bins or beyond, then those in each bin or beyond in the same eight.
+                  BLOCKS: tl.constexpr, EARLY: tl.constexpr):
+    """The bin of every token, a byte. And uint16 counts [1 + 8, BLOCKS, 8] of the tokens that compete in each block: first
+    those in each eight bins or beyond, then, for each eight, those in each of them or beyond. Two are a word.
 
     EARLY: the first signatures are loaded while the kernel before still runs. What that one may write is the newest token's,
     which does not compete where `recent` is at least 1.
@@ -272,13 +286,10 @@ def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, 
     if not EARLY:
         after_previous()
     _, low, high, _, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
-                                         HEADS, PER_HEAD, CHUNK)
+                                         HEADS, PER_HEAD)
     signatures += (row // HEADS) * x_b + (row % HEADS) * x_h
-    # masked by the cache's length alone, as loads and stores masked at odd places are not vectorised
-    position = start + tl.arange(0, CHUNK)
-    words = ()
-    for w in tl.static_range(W):
-        words += (tl.load(signatures + position.to(tl.int64) * x_s + w, mask=position < S, other=0),)
+    # up to the cache's length, as loads and stores masked at odd places are not vectorised
+    words = _load_words(signatures, start + tl.arange(0, _CHUNK), x_s, S, W)
     if EARLY:
         after_previous()
     planes += row * ((1 + P) * W)
@@ -291,45 +302,45 @@ def _score_kernel(planes, signatures, seq_lens, ranks, counts, budgets, budget, 
             magnitude += (tl.load(planes + (1 + p) * W + w),)
             total += _popcount(magnitude[p]) << p
         magnitudes += (magnitude,)
-    ranks += row * ranks_row
-    counts += (row * n_blocks + block) * _COUNTS
-    tl.store(counts + tl.arange(0, 128), 0, mask=tl.arange(0, 128) < _COUNTS)
-    sums = tl.zeros([CHUNK], tl.int32)
-    for first in range(start, stop, CHUNK):
-        position = tl.multiple_of(first, CHUNK) + tl.arange(0, CHUNK)
-        following = ()
-        for w in tl.static_range(W):
-            following += (tl.load(signatures + (position + CHUNK).to(tl.int64) * x_s + w,
-                                  mask=(position + CHUNK < S) & (first + CHUNK < stop), other=0),)
-        score = _add_scores(tl.zeros([CHUNK], tl.int32) - total // 2, words, signs, magnitudes, P, W)
-        rank = _ranks(score, SHIFT)
-        if (first < low) | (first + CHUNK > high):
-            rank = tl.where((position >= low) & (position < high), rank, 0)
+    bins += row * bins_row
+    counts = counts.to(tl.pointer_type(tl.int32)) + (row * 9 * BLOCKS + block) * 4
+    # tokens that are scored but do not compete are counted in bin 0, so their number is taken away there
+    others = tl.maximum(tl.cdiv(stop - start, _CHUNK) * _CHUNK, 0) - tl.maximum(stop - tl.maximum(start, low), 0)
+    i = tl.arange(0, 64)
+    tl.store(counts + i // 4 * 4 * BLOCKS + i % 4, tl.where((i == 0) | (i == 4), -others, 0), mask=i < 36)
+    sums = tl.zeros([_CHUNK], tl.int32)
+    for first in range(start, stop, _CHUNK):
+        position = tl.multiple_of(first, _CHUNK) + tl.arange(0, _CHUNK)
+        if (first < low) | (first + _CHUNK > high):
+            words = _masked(words, signs, (position >= low) & (position < high), W)
+        score = _add_scores(tl.zeros([_CHUNK], tl.int32), words, signs, magnitudes, P, W)
+        bin = _bins(score, total, SHIFT)
         # This store decides the layout of all: four neighbours a lane are one load and one store; where a token has several
         # words, one token a lane is better.
-        tl.store(ranks + tl.max_contiguous(position, 4 if W == 1 else 1), rank)
-        sums = _add_histogram(sums, rank, CHUNK)
-        words = following
+        tl.store(bins + tl.max_contiguous(position, 4 if W == 1 else 1), bin)
+        if first + _CHUNK < stop:
+            words = _load_words(signatures, position + _CHUNK, x_s, S, W)
+        sums = _add_histogram(sums, bin)
     tl.debug_barrier()  # other threads have written the zeros
-    _store_histogram(counts, sums, CHUNK)
+    _store_histogram(counts, sums, BLOCKS)
 
 
 @triton.jit
 def _column(counts, n_blocks, level, BLOCKS: tl.constexpr):
-    """Each block's count at one of 8 levels, [BLOCKS], zeros past the last block and level. counts: rows _COUNTS apart.
+    """Each block's count at one of 8 levels, [BLOCKS], zeros past the last block and level. counts: uint16 [BLOCKS, 8].
 
     Where all levels have been read before, it comes from the L1 cache; to pick it from them would take a sum over levels.
     """
     block = tl.arange(0, BLOCKS)
-    return tl.load(counts + block * _COUNTS + level, mask=(block < n_blocks) & (level < 8), other=0)
+    return tl.load(counts + block * 8 + level, mask=(block < n_blocks) & (level < 8), other=0).to(tl.int32)
 
 
 @triton.jit
 def _level(counts, n_blocks, wanted, BLOCKS: tl.constexpr):
-    """The highest of 8 levels with `wanted` tokens at or beyond it in all blocks. counts [n_blocks, 8]: rows _COUNTS apart."""
+    """The highest of 8 levels with `wanted` tokens at or beyond it in all blocks. counts: uint16 [BLOCKS, 8]."""
     block = tl.arange(0, BLOCKS)[:, None]
-    table = tl.load(counts + block * _COUNTS + tl.arange(0, 8)[None, :], mask=block < n_blocks, other=0)
-    return tl.maximum(tl.sum((tl.sum(table, axis=0) >= wanted).to(tl.int32), axis=0) - 1, 0)
+    table = tl.load(counts + block * 8 + tl.arange(0, 8)[None, :], mask=block < n_blocks, other=0)
+    return tl.maximum(tl.sum((tl.sum(table.to(tl.int32), axis=0) >= wanted).to(tl.int32), axis=0) - 1, 0)
 
 
 @triton.jit
@@ -341,7 +352,7 @@ def _threshold(counts, n_blocks, wanted, BLOCKS: tl.constexpr):
     level = _level(counts, n_blocks, wanted, BLOCKS)
     beyond = _column(counts, n_blocks, level + 1, BLOCKS)
     wanted -= tl.sum(beyond, axis=0)
-    counts += 8 + 8 * level
+    counts += (1 + level) * BLOCKS * 8
     bin = _level(counts, n_blocks, wanted, BLOCKS)
     above = _column(counts, n_blocks, bin + 1, BLOCKS)
     ties = _column(counts, n_blocks, bin, BLOCKS) - above
@@ -349,30 +360,36 @@ def _threshold(counts, n_blocks, wanted, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _load_group(ranks, first, stop):
-    """The ranks of 32 tokens as 8 words, from `first` [GROUPS] on; zeros from `stop` on.
+def _load_group(bins, first, stop):
+    """The bins of 32 tokens as 8 words, from `first` [GROUPS] on; zeros where the first of them is at `stop` or beyond.
 
     Word by word, so that each thread holds all of a group: a sum over a second dimension would leave the result in a layout
     that every store after it has to change.
     """
     words = ()
     for j in tl.static_range(8):
-        words += (tl.load(ranks + first // 4 + j, mask=first < stop, other=0),)
+        words += (tl.load(bins + first // 4 + j, mask=first < stop, other=0),)
     return words
 
 
 @triton.jit
-def _bits(words, rank):
-    """words as `_load_group` gives them -> int32 [GROUPS], one bit per token: is its rank at least `rank` (0 .. 128)?
+def _bits(words, bin):
+    """words as `_load_group` gives them -> int32 [GROUPS], one bit per token: is it in `bin` (0 .. 64) or beyond?
 
-    Ranks are below 128, so four are compared at once: adding 128 - rank to each byte sets its top bit where the byte is at
-    least `rank`, and never reaches the next byte.
+    Four are compared at once: adding 128 - bin to each byte sets its top bit where the byte is at least `bin`, and never
+    reaches the next byte.
     """
     bits = tl.zeros_like(words[0])
     for j in tl.static_range(8):
-        at_least = ((words[j] + (128 - rank) * 0x01010101) >> 7) & 0x01010101
+        at_least = ((words[j] + (128 - bin) * 0x01010101) >> 7) & 0x01010101
         bits |= (((at_least * 0x00204081) >> 21) & 0xF) << (4 * j)
     return bits
+
+
+@triton.jit
+def _below(count):
+    """The lowest `count` bits of a word, of 32 at most."""
+    return tl.where(count >= 32, -1, (1 << tl.minimum(tl.maximum(count, 0), 31)) - 1)
 
 
 @triton.jit
@@ -386,20 +403,21 @@ def _ask(rows, stride, position, wanted, LINES: tl.constexpr):
 
 
 @triton.jit
-def _write_selected(ranks, words, indices, start, stop, threshold, sure, ties, ties_wanted, filled, keys, k_s,
-                    CHUNK: tl.constexpr, LINES: tl.constexpr):
-    """Write the selected positions of [start, stop) in ascending order, and ask for their keys.
+def _write_selected(bins, words, indices, start, stop, low, bin, sure, ties, ties_wanted, filled, keys, k_s,
+                    LINES: tl.constexpr):
+    """Write the selected positions of [start, stop), from `low` on, in ascending order, and ask for their keys.
 
-    words: the first CHUNK ranks.  sure, ties: slots before `start` that are filled by tokens above the threshold or by
-    position, tokens at the threshold before `start`.
+    words: the first _CHUNK bins.  bin: the threshold.  sure, ties: slots before `start` that are filled by tokens beyond it or
+    by position, tokens in it before `start`.
     Few tokens are selected, so a thread looks at 32 of them as the bits of a word and then writes bit after bit.
     """
-    for first in range(start, stop, CHUNK):
-        token = first + 32 * tl.arange(0, CHUNK // 32)  # the first one of each group
-        following = _load_group(ranks, token + CHUNK, stop)
-        is_sure = _bits(words, threshold + 1)
-        left = _bits(words, threshold)
-        # one scan for both counts: CHUNK fits into 16 bits
+    for first in range(start, stop, _CHUNK):
+        token = first + 32 * tl.arange(0, _CHUNK // 32)  # the first one of each group
+        following = _load_group(bins, token + _CHUNK, stop)
+        competing = _below(stop - token) & ~_below(low - token)
+        is_sure = _bits(words, bin + 1) & competing
+        left = _bits(words, bin) & competing
+        # one scan for both counts: _CHUNK fits into 16 bits
         both = _popcount(is_sure) + (_popcount(left ^ is_sure) << 16)
         earlier = tl.cumsum(both, axis=0) - both
         ties_here = ties + (earlier >> 16)
@@ -424,9 +442,9 @@ _FEW = tl.constexpr(32)  # tokens or slots that a block fills in at a time, wher
 
 
 @triton.jit
-def _compact_kernel(seq_lens, ranks, counts, indices, budgets, budget, K, sink, recent, ranks_row, keys, values,
+def _compact_kernel(seq_lens, bins, counts, indices, budgets, budget, K, sink, recent, bins_row, keys, values,
                     k_b, k_h, k_s, v_b, v_h, v_s, HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, PER_HEAD: tl.constexpr,
-                    CHUNK: tl.constexpr, BLOCKS: tl.constexpr, LINES: tl.constexpr, SELECTED_LINES: tl.constexpr):
+                    BLOCKS: tl.constexpr, LINES: tl.constexpr, SELECTED_LINES: tl.constexpr):
     """The selected positions in ascending order: every block knows from the counts where its own begin.
 
     Memory has little to do meanwhile. So keys and values of the tokens that are in by their position, rows of LINES x 128
@@ -435,20 +453,21 @@ def _compact_kernel(seq_lens, ranks, counts, indices, budgets, budget, K, sink, 
     block, n_blocks = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
     length, low, high, filled, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
-                                                   HEADS, PER_HEAD, CHUNK)
+                                                   HEADS, PER_HEAD)
     if LINES > 0:
         keys += (row // HEADS) * k_b + (row % HEADS) // HEADS_PER_KV * k_h
         values += (row // HEADS) * v_b + (row % HEADS) // HEADS_PER_KV * v_h
-    after_previous()  # the kernel before writes ranks and counts alone
-    start = tl.maximum(start, low // CHUNK * CHUNK)
-    ranks = (ranks + row * ranks_row).to(tl.pointer_type(tl.int32))
+    after_previous()  # the kernel before writes bins and counts alone
+    start = tl.maximum(start, low // _CHUNK * _CHUNK)
+    bins = (bins + row * bins_row).to(tl.pointer_type(tl.int32))
+    counts += row * 9 * BLOCKS * 8
     indices += row * K
-    words = _load_group(ranks, start + 32 * tl.arange(0, CHUNK // 32), stop)
+    words = _load_group(bins, start + 32 * tl.arange(0, _CHUNK // 32), stop)
     wanted = filled - (length - (high - low))
-    bin, above, ties, ties_wanted = _threshold(counts + row * n_blocks * _COUNTS, n_blocks, wanted, BLOCKS)
+    bin, above, ties, ties_wanted = _threshold(counts, n_blocks, wanted, BLOCKS)
     before = tl.arange(0, BLOCKS) < block
-    _write_selected(ranks, words, indices, start, stop, _BINS + bin, low + tl.sum(tl.where(before, above, 0), axis=0),
-                   tl.sum(tl.where(before, ties, 0), axis=0), ties_wanted, filled, keys, k_s, CHUNK, SELECTED_LINES)
+    _write_selected(bins, words, indices, start, stop, low, bin, low + tl.sum(tl.where(before, above, 0), axis=0),
+                   tl.sum(tl.where(before, ties, 0), axis=0), ties_wanted, filled, keys, k_s, SELECTED_LINES)
 
     # the tokens that are in by their position, and the slots that nothing fills
     for first in range(block * _FEW, low, n_blocks * _FEW):
@@ -490,7 +509,7 @@ def select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: 
 def _select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int, budgets: Tensor | None, sink: int,
                    recent: int, K: int, shift: int, keys: Tensor | None, values: Tensor | None) -> Tensor:
     return _launch_select(planes, signatures, seq_lens, budget, budgets, sink, recent, K, shift, keys, values,
-                          **_select_parameters(signatures.shape[0] * signatures.shape[1], signatures.shape[2], recent))
+                          _blocks_per_row(signatures.shape[0] * signatures.shape[1], signatures.shape[2], recent))
 
 
 @_select_tokens.register_fake
@@ -499,11 +518,11 @@ def _(planes, signatures, seq_lens, budget, budgets, sink, recent, K, shift, key
 
 
 def _launch_select(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int, budgets: Tensor | None, sink: int,
-                   recent: int, K: int, shift: int, keys: Tensor | None, values: Tensor | None, *, chunk: int,
-                   n_blocks: int, score_warps: int, compact_warps: int) -> Tensor:
+                   recent: int, K: int, shift: int, keys: Tensor | None, values: Tensor | None,
+                   n_blocks: int) -> Tensor:
     limits = (budgets, budget, K, sink, recent)
-    scored = _launch_score(planes, signatures, seq_lens, limits, shift, chunk, n_blocks, score_warps)
-    return _launch_compact(*scored, seq_lens, limits, signatures.shape[1], keys, values, chunk, compact_warps)
+    scored = _launch_score(planes, signatures, seq_lens, limits, shift, n_blocks)
+    return _launch_compact(*scored, seq_lens, limits, signatures.shape[1], keys, values, n_blocks)
 
 
 def _readable(signatures: Tensor) -> int:
@@ -515,33 +534,36 @@ def _readable(signatures: Tensor) -> int:
     return rounded if end < signatures.untyped_storage().nbytes() // 4 else S
 
 
-def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: tuple, shift: int, chunk: int, n_blocks: int,
-                  num_warps: int) -> tuple[Tensor, Tensor]:
-    """-> ranks uint8 [B * Hs, S rounded up] and counts int32 [B * Hs, n_blocks, 8 + 64].
+def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: tuple, shift: int,
+                  n_blocks: int) -> tuple[Tensor, Tensor]:
+    """-> bins uint8 [B * Hs, S rounded up] and counts uint16 [B * Hs, 1 + 8, n_blocks rounded up, 8].
 
-    limits: (budgets, budget, K, sink, recent). chunk: at least 256 tokens a warp.
+    limits: (budgets, budget, K, sink, recent).
     """
-    assert chunk >= 256 * num_warps
     B, HEADS, S, W = signatures.shape
-    ranks_row = triton.cdiv(S, chunk) * chunk  # whole chunks, so that no access needs a mask
-    ranks = torch.empty((B * HEADS, ranks_row), dtype=torch.uint8, device=planes.device)
-    counts = torch.empty((B * HEADS, n_blocks, _COUNTS.value), dtype=torch.int32, device=planes.device)
+    chunks = triton.cdiv(S, _CHUNK.value)
+    assert triton.cdiv(chunks, n_blocks) * _CHUNK.value < 2 ** 16  # counts
+    bins_row = chunks * _CHUNK.value  # whole chunks, so that no access needs a mask
+    bins = torch.empty((B * HEADS, bins_row), dtype=torch.uint8, device=planes.device)
+    blocks = triton.next_power_of_2(n_blocks)
+    counts = torch.empty((B * HEADS, 1 + 8, blocks, 8), dtype=torch.uint16, device=planes.device)
     _score_kernel[(n_blocks, B * HEADS)](
-        planes.contiguous(), checked_rows(signatures), seq_lens, ranks, counts, *limits, _readable(signatures),
-        *signatures.stride()[:3], ranks_row, HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=shift,
-        PER_HEAD=limits[0] is not None, CHUNK=chunk, EARLY=limits[4] >= 1, num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
-    return ranks, counts
+        planes.contiguous(), checked_rows(signatures), seq_lens, bins, counts, *limits, _readable(signatures),
+        *signatures.stride()[:3], bins_row, HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=shift,
+        PER_HEAD=limits[0] is not None, BLOCKS=blocks, EARLY=limits[4] >= 1, num_warps=2,
+        launch_pdl=DEPENDENT_LAUNCH)
+    return bins, counts
 
 
-def _launch_compact(ranks: Tensor, counts: Tensor, seq_lens: Tensor, limits: tuple, heads: int, keys: Tensor | None,
-                    values: Tensor | None, chunk: int, num_warps: int) -> Tensor:
-    """What `_launch_score` gave, with the same limits and chunk -> indices int32 [B, Hs, K].
+def _launch_compact(bins: Tensor, counts: Tensor, seq_lens: Tensor, limits: tuple, heads: int, keys: Tensor | None,
+                    values: Tensor | None, n_blocks: int) -> Tensor:
+    """What `_launch_score` gave, with the same limits and n_blocks -> indices int32 [B, Hs, K].
 
     keys, values: the caches to ask for rows of, [B, Hkv, S, D], or None.
     """
-    rows, n_blocks, _ = counts.shape
+    rows = counts.shape[0]
     K = limits[2]
-    indices = torch.empty((rows // heads, heads, K), dtype=torch.int32, device=ranks.device)
+    indices = torch.empty((rows // heads, heads, K), dtype=torch.int32, device=bins.device)
     if keys is None or INTERPRETED:
         strides, heads_per_kv, lines, selected_lines = (0,) * 6, 1, 0, 0
     else:
@@ -550,9 +572,10 @@ def _launch_compact(ranks: Tensor, counts: Tensor, seq_lens: Tensor, limits: tup
         row_bytes = keys.shape[3] * keys.element_size()
         lines = triton.cdiv(row_bytes, 128)
         selected_lines = lines if rows * K * row_bytes <= _ASKED_BYTES else 0
+    # one warp: more would take shared memory, and with as little as 32 bytes of it the chain of kernels took 1 to 4 us more, 12
+    # at 1 x 512K
     _compact_kernel[(n_blocks, rows)](
-        seq_lens, ranks, counts, indices, *limits, ranks.shape[1], keys, values, *strides, HEADS=heads,
-        HEADS_PER_KV=heads_per_kv, PER_HEAD=limits[0] is not None, CHUNK=chunk,
-        BLOCKS=triton.next_power_of_2(n_blocks), LINES=lines, SELECTED_LINES=selected_lines, num_warps=num_warps,
-        launch_pdl=DEPENDENT_LAUNCH)
+        seq_lens, bins, counts, indices, *limits, bins.shape[1], keys, values, *strides, HEADS=heads,
+        HEADS_PER_KV=heads_per_kv, PER_HEAD=limits[0] is not None, BLOCKS=counts.shape[2], LINES=lines,
+        SELECTED_LINES=selected_lines, num_warps=1, launch_pdl=DEPENDENT_LAUNCH)
     return indices

@@ -140,16 +140,15 @@ def test_encoding_zero_queries():
 
 # ----------------------------------------------------------------------------------------------------------------- select
 
-def check_select(planes, signatures, seq_lens, budget, sink, recent, K, shift, **launch):
+def check_select(planes, signatures, seq_lens, budget, sink, recent, K, shift, n_blocks=None):
     """Two runs, bit-equal, and the reference's set in ascending order."""
     budgets = budget if isinstance(budget, torch.Tensor) else None
 
     def select() -> torch.Tensor:
-        if not launch:
+        if n_blocks is None:
             return kernels.select_tokens(planes, signatures, seq_lens, budget, sink, recent, K, shift)
         return kernels._launch_select(planes, signatures, seq_lens, K if budgets is not None else budget, budgets, sink, recent,
-                                      K, shift, None, None, score_warps=max(1, launch["chunk"] // 512), compact_warps=4,
-                                      **launch)
+                                      K, shift, None, None, n_blocks)
 
     first, second = select(), select()
     expected = reference.select_tokens_reference(planes, signatures, seq_lens, budget, sink, recent, K, shift)
@@ -170,28 +169,35 @@ def test_select(bits, query_bits, share, group):
     check_select(planes, signatures, lengths(1, 700, 2437), 300, 16, 33, 300, config.shift(group))
 
 
-@pytest.mark.parametrize(("chunk", "n_blocks"), [(256, 1), (256, 3), (512, 9), (1024, 1)])
-def test_select_across_blocks(chunk, n_blocks):
+@pytest.mark.parametrize("n_blocks", [1, 2, 3, 9])
+def test_select_across_blocks(n_blocks):
     """Several chunks a block and blocks a row, more blocks than tokens, and a strided view of the cache."""
     config = HashConfig()
     planes = random_planes(config, 3, 2, 3)
-    signatures = random_signatures(3, 1501, 3, 2)[:, :, 1:, 1:].transpose(1, 2)  # [3, 2, 1501, 1]
-    check_select(planes, signatures, lengths(5, 777, 1501), 200, 7, 20, 200, 0, chunk=chunk, n_blocks=n_blocks)
+    signatures = random_signatures(3, 2601, 3, 2)[:, :, 1:, 1:].transpose(1, 2)  # [3, 2, 2601, 1]
+    check_select(planes, signatures, lengths(5, 1777, 2601), 200, 7, 20, 200, 0, n_blocks)
 
 
 @pytest.mark.parametrize(("rows", "S"), [(8, 2 ** 15), (8, 2 ** 17), (64, 2 ** 15), (8, 2 ** 19), (32, 2 ** 17),
                                          (128, 2 ** 15), (128, 2 ** 17)])
 def test_a_cache_slightly_longer_is_launched_alike(rows, S):
     """What is measured at a round context is what a step uses, whose cache has room for what it generates."""
-    assert kernels._select_parameters(rows, S, 128) == kernels._select_parameters(rows, S + 72, 128)
+    assert kernels._blocks_per_row(rows, S, 128) == kernels._blocks_per_row(rows, S + 72, 128)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 128, 1024])
+@pytest.mark.parametrize("S", [100, 5000, 2 ** 17 + 72, 2 ** 20, 2 ** 22])
+def test_counts_of_a_block_fit_16_bits(rows, S):
+    chunks = triton.cdiv(S, 1024)
+    assert triton.cdiv(chunks, kernels._blocks_per_row(rows, S, 128)) * 1024 < 2 ** 16
 
 
 def test_all_blocks_have_work():
     """At a round context and slightly beyond: the last tokens, which do not compete, take no chunk of their own."""
     planes, signatures = random_planes(HashConfig(), 3, 1, 2), random_signatures(3, 1, 4168, 1)
     limits = (None, 500, 500, 4, 128)
-    _, counts = kernels._launch_score(planes, signatures, lengths(4096, 4097, 4168), limits, 0, 1024, 2, 4)
-    competing = counts.view(3, 2, -1)[:, :, 0]  # in the first eight bins or beyond
+    _, counts = kernels._launch_score(planes, signatures, lengths(4096, 4097, 4168), limits, 0, 2)
+    competing = counts[:, 0, :, 0]  # in the first eight bins or beyond
     assert competing.tolist() == [[2044, 1920], [2044, 1921], [2044, 1992]]
 
 
@@ -206,11 +212,11 @@ def test_select_edges(budget, sink, recent):
 def test_select_ties(alike):
     """Equal scores go by position, across chunks and blocks."""
     config = HashConfig()
-    signatures = random_signatures(2, 2, 1, 1).repeat(1, 1, 1100, 1)
+    signatures = random_signatures(2, 2, 1, 1).repeat(1, 1, 3100, 1)
     if alike == "halves":
         signatures[:, :, ::2] = ~signatures[:, :, ::2]
     planes = random_planes(config, 2, 2, 3)
-    check_select(planes, signatures, lengths(1100, 901), 400, 3, 5, 400, 0, chunk=256, n_blocks=3)
+    check_select(planes, signatures, lengths(3100, 2901), 400, 3, 5, 400, 0, 2)
 
 
 def test_select_weightless_query():
