@@ -46,7 +46,7 @@ def _blocks_per_row(rows: int, S: int, recent: int) -> int:
     programs = 256 if millions < 0.75 else 512 if millions < 1.5 else 1024 if millions < 12 else 4096
     chunks = max(1, triton.cdiv(S - recent, _CHUNK.value))  # the last tokens do not compete
     n_blocks = min(even_split(chunks, programs // rows), 256)  # the second kernel reads the counts of all
-    return max(n_blocks, triton.cdiv(S, 2 ** 15))  # a count has 16 bits
+    return max(n_blocks, triton.cdiv(S, 63 * _CHUNK.value))  # a count has 16 bits
 
 
 # Where selection has to ask for more keys, it takes longer by what attention gains, or more (on an H200).
@@ -109,9 +109,10 @@ _COUNT = tl.constexpr("{ .reg .b32 x0, x1; lop3.b32 x0, $8, $10, 0, 0xC3; lop3.b
 
 
 @triton.jit
-def _weigh(low, words, signs, magnitudes, FIRST: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
-    """low plus what planes FIRST and FIRST + 1, if there is one, add to the scores; in units of 1 << FIRST."""
-    high = tl.zeros_like(low)
+def _weigh(words, signs, magnitudes, FIRST: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
+    """What planes FIRST and FIRST + 1, if there is one, add to the scores, in units of 1 << FIRST."""
+    low = tl.zeros_like(words[0])
+    high = low
     for w in tl.static_range(W):
         second = magnitudes[w][FIRST + 1] if FIRST + 1 < P else 0
         # differs by lane, though Triton takes it for one number
@@ -123,16 +124,17 @@ def _weigh(low, words, signs, magnitudes, FIRST: tl.constexpr, P: tl.constexpr, 
 
 
 @triton.jit
-def _add_scores(score, words, signs, magnitudes, P: tl.constexpr, W: tl.constexpr):
-    """score [N] plus the summed weights of the bits where words W x [N] and signs agree. magnitudes: W x P planes of them."""
+def _scores(words, signs, magnitudes, P: tl.constexpr, W: tl.constexpr):
+    """[N]: the summed weights of the bits where words W x [N] and signs agree. magnitudes: W x P planes of them."""
     if INTERPRETED:
+        score = tl.zeros_like(words[0])
         for w in tl.static_range(W):
             for p in tl.static_range(P):
                 score += _popcount(~(words[w] ^ signs[w]) & magnitudes[w][p]) << p
     else:
-        score = _weigh(score, words, signs, magnitudes, 0, P, W)
+        score = _weigh(words, signs, magnitudes, 0, P, W)
         for first in tl.static_range(2, P, 2):
-            score += _weigh(tl.zeros_like(score), words, signs, magnitudes, first, P, W) << first
+            score += _weigh(words, signs, magnitudes, first, P, W) << first
     return score
 
 
@@ -189,7 +191,7 @@ def _histogram_code():
 @triton.constexpr_function
 def _store_code(blocks):
     """Add what _histogram_code counted, $16-31, to the counts at $32, as _score_kernel describes them. $0-15, which Triton asks
-    for, stay as they are."""
+    for, are of no use."""
     lines = [".reg .b32 lane, row, column, even, odd, sum, other, shift; .reg .b64 at; .reg .pred p; mov.u32 lane, %laneid; "
              "shr.u32 row, lane, 2; and.b32 column, lane, 3; mov.b32 even, $16; mov.b32 odd, $17;"]
     lines += [f"add.s32 even, even, ${i}; add.s32 odd, odd, ${i + 1};" for i in range(18, 32, 2)]
@@ -205,7 +207,7 @@ def _store_code(blocks):
 
 @triton.jit
 def _add_histogram(sums, bins):
-    """Count bins [_CHUNK], as `_bins` gives them.
+    """sums with bins [_CHUNK], as `_bins` gives them, counted as well.
 
     sums [_CHUNK], sixteen a lane: for `_store_histogram`. Their layout must not change on the way there.
     """
@@ -255,7 +257,7 @@ def _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
 
 @triton.jit
 def _load_words(signatures, position, x_s, limit, W: tl.constexpr):
-    """W x the words [..] of the tokens at `position`; of no use from `limit` on."""
+    """W x the words [..] of the tokens at `position`; undefined from `limit` on."""
     words = ()
     for w in tl.static_range(W):
         words += (tl.load(signatures + position.to(tl.int64) * x_s + w, mask=position < limit),)
@@ -275,8 +277,9 @@ def _masked(words, signs, mask, W: tl.constexpr):
 def _score_kernel(planes, signatures, seq_lens, bins, counts, budgets, budget, K, sink, recent, S, x_b, x_h, x_s, bins_row,
                   HEADS: tl.constexpr, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, PER_HEAD: tl.constexpr,
                   BLOCKS: tl.constexpr, EARLY: tl.constexpr):
-    """The bin of every token, a byte. And uint16 counts [1 + 8, BLOCKS, 8] of the tokens that compete in each block: first
-    those in each eight bins or beyond, then, for each eight, those in each of them or beyond. Two are a word.
+    """The bins of tokens, bytes, in whole chunks; 0 for those that do not compete. And uint16 counts [1 + 8, BLOCKS, 8] of the
+    competing tokens of each block: first those in each eight bins or beyond, then, for each eight, those in each bin or beyond
+    in the same eight. They are written two at a time, as halves of a word.
 
     EARLY: the first signatures are loaded while the kernel before still runs. What that one may write is the newest token's,
     which does not compete where `recent` is at least 1.
@@ -288,7 +291,7 @@ def _score_kernel(planes, signatures, seq_lens, bins, counts, budgets, budget, K
     _, low, high, _, start, stop = _plan(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
                                          HEADS, PER_HEAD)
     signatures += (row // HEADS) * x_b + (row % HEADS) * x_h
-    # up to the cache's length, as loads and stores masked at odd places are not vectorised
+    # as far as memory can be read, not up to `stop`: loads masked at odd places are not vectorised
     words = _load_words(signatures, start + tl.arange(0, _CHUNK), x_s, S, W)
     if EARLY:
         after_previous()
@@ -304,16 +307,17 @@ def _score_kernel(planes, signatures, seq_lens, bins, counts, budgets, budget, K
         magnitudes += (magnitude,)
     bins += row * bins_row
     counts = counts.to(tl.pointer_type(tl.int32)) + (row * 9 * BLOCKS + block) * 4
-    # tokens that are scored but do not compete are counted in bin 0, so their number is taken away there
+    # Tokens that are scored but do not compete are counted in bin 0, so their number is taken away there, in both tables. Until
+    # all is added the lower half of these words may borrow from the upper.
     others = tl.maximum(tl.cdiv(stop - start, _CHUNK) * _CHUNK, 0) - tl.maximum(stop - tl.maximum(start, low), 0)
     i = tl.arange(0, 64)
-    tl.store(counts + i // 4 * 4 * BLOCKS + i % 4, tl.where((i == 0) | (i == 4), -others, 0), mask=i < 36)
+    tl.store(counts + (i // 4) * (4 * BLOCKS) + i % 4, tl.where((i == 0) | (i == 4), -others, 0), mask=i < 9 * 4)
     sums = tl.zeros([_CHUNK], tl.int32)
     for first in range(start, stop, _CHUNK):
         position = tl.multiple_of(first, _CHUNK) + tl.arange(0, _CHUNK)
         if (first < low) | (first + _CHUNK > high):
             words = _masked(words, signs, (position >= low) & (position < high), W)
-        score = _add_scores(tl.zeros([_CHUNK], tl.int32), words, signs, magnitudes, P, W)
+        score = _scores(words, signs, magnitudes, P, W)
         bin = _bins(score, total, SHIFT)
         # This store decides the layout of all: four neighbours a lane are one load and one store; where a token has several
         # words, one token a lane is better.
@@ -337,7 +341,7 @@ def _column(counts, n_blocks, level, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _level(counts, n_blocks, wanted, BLOCKS: tl.constexpr):
-    """The highest of 8 levels with `wanted` tokens at or beyond it in all blocks. counts: uint16 [BLOCKS, 8]."""
+    """The highest of 8 levels with `wanted` tokens at or beyond it in all blocks together. counts: uint16 [BLOCKS, 8]."""
     block = tl.arange(0, BLOCKS)[:, None]
     table = tl.load(counts + block * 8 + tl.arange(0, 8)[None, :], mask=block < n_blocks, other=0)
     return tl.maximum(tl.sum((tl.sum(table.to(tl.int32), axis=0) >= wanted).to(tl.int32), axis=0) - 1, 0)
@@ -361,7 +365,7 @@ def _threshold(counts, n_blocks, wanted, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _load_group(bins, first, stop):
-    """The bins of 32 tokens as 8 words, from `first` [GROUPS] on; zeros where the first of them is at `stop` or beyond.
+    """The bins of 32 tokens as 8 words, from `first` [_CHUNK / 32] on; zeros where the first of them is at `stop` or beyond.
 
     Word by word, so that each thread holds all of a group: a sum over a second dimension would leave the result in a layout
     that every store after it has to change.
@@ -374,7 +378,7 @@ def _load_group(bins, first, stop):
 
 @triton.jit
 def _bits(words, bin):
-    """words as `_load_group` gives them -> int32 [GROUPS], one bit per token: is it in `bin` (0 .. 64) or beyond?
+    """words as `_load_group` gives them -> int32 [_CHUNK / 32], one bit per token: is it in `bin` (0 .. 64) or beyond?
 
     Four are compared at once: adding 128 - bin to each byte sets its top bit where the byte is at least `bin`, and never
     reaches the next byte.
@@ -407,8 +411,8 @@ def _write_selected(bins, words, indices, start, stop, low, bin, sure, ties, tie
                     LINES: tl.constexpr):
     """Write the selected positions of [start, stop), from `low` on, in ascending order, and ask for their keys.
 
-    words: the first _CHUNK bins.  bin: the threshold.  sure, ties: slots before `start` that are filled by tokens beyond it or
-    by position, tokens in it before `start`.
+    words: the first _CHUNK bins.  bin: the threshold.  sure: slots filled before `start`, by position or by tokens beyond it.
+    ties: tokens in it before `start`.
     Few tokens are selected, so a thread looks at 32 of them as the bits of a word and then writes bit after bit.
     """
     for first in range(start, stop, _CHUNK):
@@ -498,7 +502,7 @@ def select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: 
     caches: keys and values, [B, Hkv, S, D] each, that attention will read at these positions: nothing but time depends on them.
     """
     caches = (None, None) if caches is None else caches
-    if isinstance(budget, Tensor):  # its values are on the device: one under sink + recent gives a smaller set, not an error
+    if isinstance(budget, Tensor):  # its values are on the device, where nothing checks them
         return _select_tokens(planes, signatures, seq_lens, K, budget, sink, recent, K, shift, *caches)
     if budget < min(sink + recent, signatures.shape[2]):
         raise ValueError(f"the budget of {budget} tokens is under sink {sink} plus recent {recent}")

@@ -3,16 +3,24 @@
 The kernel always runs before the reference, so that memory the reference left behind cannot pass for its result.
 """
 import itertools
-import os
 from functools import partial
 
 import pytest
 import torch
 
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+from kernel_inputs import (  # noqa: E402
+    DEVICE,
+    GPU,
+    gpu_only,
+    lengths,
+    normal,
+    random_planes,
+    random_signatures,
+    shared_memory,
+    strided_cache,
+)
 
 import attention_kernels  # noqa: E402
 import hash_attention as reference  # noqa: E402
@@ -21,41 +29,10 @@ import sparse_kernels  # noqa: E402
 from encode_kernels import _rope_encode_append, rope_encode_append  # noqa: E402
 from hash_attention import HashConfig  # noqa: E402
 
-DEVICE = "cuda" if GPU else "cpu"
+pytestmark = pytest.mark.usefixtures("seeded")
 # the interpreter multiplies bfloat16 wrongly
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
 ROUNDING = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-def gpu_only(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not GPU, reason="needs a GPU")(test))
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def lengths(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
-
-
-def random_planes(config: HashConfig, B: int, Hs: int, group: int) -> torch.Tensor:
-    codes = torch.randn(B, Hs, group, config.bits, device=DEVICE)
-    return reference.weight_planes(reference.query_weights(codes, config), config.planes(group))
-
-
-def random_signatures(*shape: int) -> torch.Tensor:
-    return torch.randint(-2 ** 31, 2 ** 31, shape, device=DEVICE).int()
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, device=DEVICE).to(dtype)
-
-
-def strided_cache(B: int, H: int, S: int, D: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """[B, H, S, D] inside a wider tensor whose sequence comes before its heads."""
-    return normal(B, S, H + 1, D + 8, dtype=dtype)[:, :, 1:, :D].transpose(1, 2)
 
 
 def assert_close(got: tuple, expected: tuple, dtype: torch.dtype) -> None:
@@ -136,137 +113,6 @@ def test_encoding_zero_queries():
     _, planes = rope_encode_append(torch.zeros(1, 1, 512, device=DEVICE), *angles(lengths(5), 1, 64), encoder, *caches,
                                    lengths(5))
     assert (planes == 0).all()
-
-
-# ----------------------------------------------------------------------------------------------------------------- select
-
-def check_select(planes, signatures, seq_lens, budget, sink, recent, K, shift, n_blocks=None):
-    """Two runs, bit-equal, and the reference's set in ascending order."""
-    budgets = budget if isinstance(budget, torch.Tensor) else None
-
-    def select() -> torch.Tensor:
-        if n_blocks is None:
-            return kernels.select_tokens(planes, signatures, seq_lens, budget, sink, recent, K, shift)
-        return kernels._launch_select(planes, signatures, seq_lens, K if budgets is not None else budget, budgets, sink, recent,
-                                      K, shift, None, None, n_blocks)
-
-    first, second = select(), select()
-    expected = reference.select_tokens_reference(planes, signatures, seq_lens, budget, sink, recent, K, shift)
-    assert torch.equal(first, second)
-    past = torch.iinfo(torch.int32).max
-    ascending = torch.where(expected < 0, past, expected).sort(dim=-1).values
-    assert torch.equal(first, torch.where(ascending == past, -1, ascending))
-
-
-@pytest.mark.parametrize(("bits", "query_bits", "share", "group"), [
-    (32, 4, "kv", 3), (32, 1, "kv", 7), (32, 1, "query", 1), (64, 8, "kv", 16), (64, 4, "query", 2), (128, 1, "kv", 1),
-])
-def test_select(bits, query_bits, share, group):
-    config = HashConfig(bits=bits, query_bits=query_bits, share=share)
-    Hs = config.signature_heads(2 * group, 2)
-    group = 2 * group // Hs
-    planes, signatures = random_planes(config, 3, Hs, group), random_signatures(3, Hs, 2500, config.words)
-    check_select(planes, signatures, lengths(1, 700, 2437), 300, 16, 33, 300, config.shift(group))
-
-
-@pytest.mark.parametrize("n_blocks", [1, 2, 3, 9])
-def test_select_across_blocks(n_blocks):
-    """Several chunks a block and blocks a row, more blocks than tokens, and a strided view of the cache."""
-    config = HashConfig()
-    planes = random_planes(config, 3, 2, 3)
-    signatures = random_signatures(3, 2601, 3, 2)[:, :, 1:, 1:].transpose(1, 2)  # [3, 2, 2601, 1]
-    check_select(planes, signatures, lengths(5, 1777, 2601), 200, 7, 20, 200, 0, n_blocks)
-
-
-@pytest.mark.parametrize(("rows", "S"), [(8, 2 ** 15), (8, 2 ** 17), (64, 2 ** 15), (8, 2 ** 19), (32, 2 ** 17),
-                                         (128, 2 ** 15), (128, 2 ** 17)])
-def test_a_cache_slightly_longer_is_launched_alike(rows, S):
-    """What is measured at a round context is what a step uses, whose cache has room for what it generates."""
-    assert kernels._blocks_per_row(rows, S, 128) == kernels._blocks_per_row(rows, S + 72, 128)
-
-
-@pytest.mark.parametrize("rows", [1, 8, 128, 1024])
-@pytest.mark.parametrize("S", [100, 5000, 2 ** 17 + 72, 2 ** 20, 2 ** 22])
-def test_counts_of_a_block_fit_16_bits(rows, S):
-    chunks = triton.cdiv(S, 1024)
-    assert triton.cdiv(chunks, kernels._blocks_per_row(rows, S, 128)) * 1024 < 2 ** 16
-
-
-def test_all_blocks_have_work():
-    """At a round context and slightly beyond: the last tokens, which do not compete, take no chunk of their own."""
-    planes, signatures = random_planes(HashConfig(), 3, 1, 2), random_signatures(3, 1, 4168, 1)
-    limits = (None, 500, 500, 4, 128)
-    _, counts = kernels._launch_score(planes, signatures, lengths(4096, 4097, 4168), limits, 0, 2)
-    competing = counts[:, 0, :, 0]  # in the first eight bins or beyond
-    assert competing.tolist() == [[2044, 1920], [2044, 1921], [2044, 1992]]
-
-
-@pytest.mark.parametrize(("budget", "sink", "recent"), [(300, 0, 0), (300, 100, 200), (130, 0, 129), (700, 64, 128)])
-def test_select_edges(budget, sink, recent):
-    """Budgets taken up by what is always in, no such tokens, lengths of at most the budget, slots to spare."""
-    planes, signatures = random_planes(HashConfig(), 7, 1, 2), random_signatures(7, 1, 900, 1)
-    check_select(planes, signatures, lengths(1, sink + 1, 130, 300, 700, 701, 900), budget, sink, recent, budget + 37, 0)
-
-
-@pytest.mark.parametrize("alike", ["all", "halves"])
-def test_select_ties(alike):
-    """Equal scores go by position, across chunks and blocks."""
-    config = HashConfig()
-    signatures = random_signatures(2, 2, 1, 1).repeat(1, 1, 3100, 1)
-    if alike == "halves":
-        signatures[:, :, ::2] = ~signatures[:, :, ::2]
-    planes = random_planes(config, 2, 2, 3)
-    check_select(planes, signatures, lengths(3100, 2901), 400, 3, 5, 400, 0, 2)
-
-
-def test_select_weightless_query():
-    """A query of zeros agrees with nothing: all scores and T are 0."""
-    check_select(torch.zeros(2, 1, 4, 1, dtype=torch.int32, device=DEVICE), random_signatures(2, 1, 600, 1), lengths(600, 401),
-                 100, 3, 5, 100, 0)
-
-
-def test_select_budget_per_head():
-    config = HashConfig(bits=64)
-    budget = torch.tensor([40, 128, 300, 64], dtype=torch.int32, device=DEVICE)
-    check_select(random_planes(config, 2, 4, 2), random_signatures(2, 4, 1100, 2), lengths(90, 1093), budget, 10, 20, 300, 1)
-
-
-def test_select_beyond_the_cache():
-    """More slots and budget than the cache has rows."""
-    check_select(random_planes(HashConfig(), 2, 2, 2), random_signatures(2, 2, 50, 1), lengths(50, 9), 80, 4, 4, 90, 0)
-
-
-def test_select_ignores_what_lies_past_the_length():
-    config = HashConfig()
-    planes, signatures, seq_lens = random_planes(config, 2, 2, 2), random_signatures(2, 2, 600, 1), lengths(333, 418)
-    before = kernels.select_tokens(planes, signatures, seq_lens, 64, 4, 4, 64, 0)
-    for b, length in enumerate(seq_lens.tolist()):
-        signatures[b, :, length:] = random_signatures(2, 600 - length, 1)
-    assert torch.equal(before, kernels.select_tokens(planes, signatures, seq_lens, 64, 4, 4, 64, 0))
-
-
-def test_select_in_rows_that_memory_goes_past():
-    """As a cache's rows are, whole 64 bytes whatever its length; what follows there is read and never chosen."""
-    planes = random_planes(HashConfig(), 2, 2, 2)
-    rows = random_signatures(2, 2, 704, 1)
-    for S, readable in ((700, 704), (689, 704), (688, 688), (704, 704)):
-        signatures = rows[:, :, :S]
-        assert kernels._readable(signatures) == readable
-        check_select(planes, signatures, lengths(S, 300), 150, 5, 20, 150, 0)
-    assert kernels._readable(rows[:, :, 4:701]) == 697  # rounded up, it would end after the last row
-    check_select(planes, rows[:, :, 4:701], lengths(697, 300), 150, 5, 20, 150, 0)
-
-
-@gpu_only
-@pytest.mark.parametrize(("D", "dtype"), [(64, torch.bfloat16), (96, torch.float16), (128, torch.float32)])
-@pytest.mark.parametrize("group", [1, 2])
-def test_select_asks_for_rows(group, D, dtype):
-    """Asking the L2 cache for rows changes no position."""
-    caches = normal(3, 2, 900, D, dtype=dtype), strided_cache(3, 2, 900, D, dtype)
-    planes, signatures = random_planes(HashConfig(), 3, 2 * group, 1), random_signatures(3, 2 * group, 900, 1)
-    for budget in (128, 640):
-        arguments = planes, signatures, lengths(1, 300, 900), budget, 16, 33, budget, 0
-        assert torch.equal(kernels.select_tokens(*arguments, caches), kernels.select_tokens(*arguments))
 
 
 # ---------------------------------------------------------------------------------------------------------- attend: sparse
@@ -375,14 +221,6 @@ def test_combine(rows, n_splits, D, dtype):
     weights = (lse - total[:, None]).exp().nan_to_num(0.0)
     assert_close((out, out_lse), ((weights[..., None] * parts).sum(1), total), dtype)
     assert (guarded[rows] == 7).all()
-
-
-def shared_memory(monkeypatch, run) -> list[tuple[str, int]]:
-    """The kernels that run() launches, with the shared memory each takes."""
-    launched, launch = [], triton.JITFunction.run
-    monkeypatch.setattr(triton.JITFunction, "run", lambda *args, **kwargs: launched.append(launch(*args, **kwargs)))
-    run()
-    return [(kernel.metadata.name, kernel.metadata.shared) for kernel in launched]
 
 
 @gpu_only
