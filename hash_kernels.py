@@ -522,8 +522,7 @@ def _(planes, signatures, seq_lens, budget, budgets, sink, recent, K, shift, key
 
 
 def _launch_select(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int, budgets: Tensor | None, sink: int,
-                   recent: int, K: int, shift: int, keys: Tensor | None, values: Tensor | None,
-                   n_blocks: int) -> Tensor:
+                   recent: int, K: int, shift: int, keys: Tensor | None, values: Tensor | None, n_blocks: int) -> Tensor:
     limits = (budgets, budget, K, sink, recent)
     scored = _launch_score(planes, signatures, seq_lens, limits, shift, n_blocks)
     return _launch_compact(*scored, seq_lens, limits, signatures.shape[1], keys, values, n_blocks)
@@ -554,8 +553,7 @@ def _launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, limits: 
     _score_kernel[(n_blocks, B * HEADS)](
         planes.contiguous(), checked_rows(signatures), seq_lens, bins, counts, *limits, _readable(signatures),
         *signatures.stride()[:3], bins_row, HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=shift,
-        PER_HEAD=limits[0] is not None, BLOCKS=blocks, EARLY=limits[4] >= 1, num_warps=2,
-        launch_pdl=DEPENDENT_LAUNCH)
+        PER_HEAD=limits[0] is not None, BLOCKS=blocks, EARLY=limits[4] >= 1, num_warps=2, launch_pdl=DEPENDENT_LAUNCH)
     return bins, counts
 
 

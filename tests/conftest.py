@@ -1,4 +1,4 @@
-"""What test files share: a tiny checkpoint, and Triton's interpreter where there is no GPU."""
+"""What test files share: a tiny checkpoint, and the GPU or, where there is none, Triton's interpreter."""
 import json
 import os
 import shutil
@@ -12,7 +12,9 @@ import torch
 
 from common import run_command
 
-if not torch.cuda.is_available():
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before anything imports triton
 
 CHATML = (
@@ -24,6 +26,10 @@ BYTES = 256  # the tokenizer's first ids, one per byte; the special tokens follo
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
+
+
+def gpu_only(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.gpu(pytest.mark.skipif(not GPU, reason="needs a GPU")(test))
 
 
 @pytest.fixture

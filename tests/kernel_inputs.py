@@ -1,17 +1,10 @@
 """What the tests of kernels share: random inputs on a GPU where there is one, else for Triton's interpreter on the CPU."""
-import pytest
 import torch
 import triton
+from conftest import DEVICE
 
 import hash_attention as reference
 from hash_attention import HashConfig
-
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-
-
-def gpu_only(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not GPU, reason="needs a GPU")(test))
 
 
 def lengths(*values: int) -> torch.Tensor:

@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+from conftest import gpu_only
 
 from decode import Decoder, Sampling, decode, largest, prefill, sample
 from hash_attention import HashConfig, random_encoders
@@ -11,10 +12,6 @@ from model import ModelArgs, SparseSettings, Transformer
 ARGS = ModelArgs(n_layer=3, dim=96, n_head=6, n_kv_head=2, head_dim=64, intermediate_size=128, vocab_size=200, norm_eps=1e-5,
                  rope_theta=1e4, max_position=2048)
 SETTINGS = SparseSettings(96, sink=8, recent=16)
-
-
-def gpu_only(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
 
 
 @pytest.fixture

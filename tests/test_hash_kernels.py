@@ -10,17 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernel_inputs import (  # noqa: E402
-    DEVICE,
-    GPU,
-    gpu_only,
-    lengths,
-    normal,
-    random_planes,
-    random_signatures,
-    shared_memory,
-    strided_cache,
-)
+from conftest import DEVICE, GPU, gpu_only  # noqa: E402
+from kernel_inputs import lengths, normal, random_planes, random_signatures, shared_memory, strided_cache  # noqa: E402
 
 import attention_kernels  # noqa: E402
 import hash_attention as reference  # noqa: E402

@@ -1,14 +1,13 @@
 """A step's linear layers: kernels against the reference."""
 import pytest
 import torch
+from conftest import DEVICE, GPU
 
 pytest.importorskip("triton")
 
 import linear_kernels  # noqa: E402
 from linear import linear_reference  # noqa: E402
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = 5e-3 if GPU else 2e-2  # Triton's interpreter rounds to bfloat16 towards zero
 
 

@@ -1,11 +1,8 @@
 """Prompt chunks: attention in pieces, padding, and one compilation for every prompt, row and position."""
-import os
-
 import pytest
 import torch
+from conftest import DEVICE, gpu_only
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 import attention_kernels  # noqa: E402
@@ -15,18 +12,9 @@ from hash_attention import HashConfig, dense_attention_reference, random_encoder
 from model import ModelArgs, SparseSettings, Transformer  # noqa: E402
 from prompt_attention import causal_attention, merge_reference, pieces  # noqa: E402
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 ARGS = ModelArgs(2, 48, 6, 2, 8, 64, 120, 1e-5, 10000.0, max_position=512)
 
-
-def gpu_only(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not GPU, reason="needs a GPU")(test))
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def random_qkv(T: int, N: int, Hq: int, Hkv: int, D: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:

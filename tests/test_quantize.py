@@ -1,18 +1,14 @@
 """Quantised weights: packing bit by bit, kernels against their definitions, folders that load, refusals in one line."""
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE, GPU
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 import quant_linear as reference  # noqa: E402
 import quantize  # noqa: E402
@@ -22,7 +18,6 @@ from decode import bytes_per_step, prefill_bytes  # noqa: E402
 from linear import linear_reference  # noqa: E402
 from quant_linear import Int4Linear, Int8Linear, Quantization  # noqa: E402
 
-DEVICE = "cuda" if GPU else "cpu"
 # the interpreter multiplies bfloat16 wrongly
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}

@@ -9,16 +9,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from kernel_inputs import (  # noqa: E402
-    DEVICE,
-    gpu_only,
-    lengths,
-    normal,
-    random_planes,
-    random_signatures,
-    shared_memory,
-    strided_cache,
-)
+from conftest import DEVICE, gpu_only  # noqa: E402
+from kernel_inputs import lengths, normal, random_planes, random_signatures, shared_memory, strided_cache  # noqa: E402
 
 import hash_attention as reference  # noqa: E402
 import hash_kernels as kernels  # noqa: E402

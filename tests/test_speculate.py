@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Ran
+from conftest import Ran, gpu_only
 from torch import Tensor
 
 from decode import Decoder, Sampling, decode, prefill, probabilities, sample
@@ -27,10 +27,6 @@ PROMPTS = [[7], list(range(20, 60)), [3, 1, 4, 1, 5, 9, 2, 6] * 3]
 LENGTH = 128
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def gpu_only(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
 
 
 def random_transformer(args: ModelArgs, seed: int) -> Transformer:
