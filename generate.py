@@ -20,11 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import speculate
-import tp
-from budgets import calibrated
-from checkpoint import PRESETS, load_model, random_model
-from common import (
+from hashfast.common import (
     Parser,
     UserError,
     atomic_path,
@@ -34,27 +30,19 @@ from common import (
     default_device,
     environment,
 )
-from decode import (
-    PREFILL_CHUNK,
-    Decoder,
-    Sampling,
-    bytes_per_step,
-    cache_bytes_per_token,
-    decode_all,
-    prefill,
-    prefill_bytes,
-    prepare_prefill,
-    sample,
-    synchronize,
-    tokens_read,
-    weight_bytes,
-)
-from hash_attention import HashConfig, load_signatures, random_encoders
-from model import SparseSettings, Transformer
-from prompts import Display, NewText, read_lines, read_prompts, read_tokenizer
-from quant_linear import Quantization
-from speculate import Speculator
-from tokenizer import Tokenizer
+from hashfast.hash_attention import HashConfig
+from hashfast.model import SparseSettings, Transformer
+from hashfast.ops.quant_linear import Quantization
+from hashfast.research.budgets import calibrated
+from hashfast.runtime import distributed, speculate, tensor_parallel
+from hashfast.runtime.checkpoint import PRESETS, load_model, random_model
+from hashfast.runtime.decode import PREFILL_CHUNK, Decoder, decode_all, prefill, prepare_prefill, synchronize
+from hashfast.runtime.memory import bytes_per_step, cache_bytes_per_token, prefill_bytes, tokens_read, weight_bytes
+from hashfast.runtime.prompts import Display, NewText, read_lines, read_prompts, read_tokenizer
+from hashfast.runtime.sampling import Sampling, sample
+from hashfast.runtime.signatures import load_signatures, random_encoders
+from hashfast.runtime.speculate import Speculator
+from hashfast.runtime.tokenizer import Tokenizer
 
 LARGEST = 2 ** 24  # of counts on the command line: beyond any model's context, and safe in int32
 
@@ -80,9 +68,9 @@ class Session:
                  settings: SparseSettings | None, encoders: list | None, draft: Transformer | None = None) -> None:
         self.options, self.model, self.tokenizer, self.length, self.settings = options, model, tokenizer, length, settings
         drafter, rows = draft or model, length + (options.speculate_k or 0)
-        if tp.size() > 1 and options.device == "cuda":
+        if distributed.world_size() > 1 and options.device == "cuda":
             tokens = options.batch_size * (1 + (options.speculate_k or 0))
-            tp.use_one_shot(tokens * model.args.dim, model.norm.weight.dtype)
+            distributed.use_one_shot(tokens * model.args.dim, model.norm.weight.dtype)
         if draft is not None:
             model.setup_caches(options.batch_size, rows)
         drafter.setup_caches(options.batch_size, rows, encoders, settings)
@@ -357,7 +345,7 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
                         f"give at least {least}")
     options.is_hash = is_hash
     check_device(options.device)
-    tp.check_device(options.device)
+    distributed.check_device(options.device)
     if options.precision is None:
         options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
     options.prefill_chunk = options.prefill_chunk or PREFILL_CHUNK[torch.device(options.device).type]
@@ -394,10 +382,10 @@ def load_encoders(options: argparse.Namespace, model: Transformer) -> tuple[list
     """-> the encoder of each layer, and what their file says of them."""
     if options.signatures is not None:
         encoders, about = load_signatures(options.signatures, model.fingerprint())
-        return tp.shard_encoders(encoders), about
+        return tensor_parallel.shard_encoders(encoders), about
     print("warning: no --signatures file, so random projections choose the tokens; train one with train_hash.py",
           file=sys.stderr)
-    return tp.shard_encoders(random_encoders(HashConfig(), model.fingerprint(), options.seed)), {}
+    return tensor_parallel.shard_encoders(random_encoders(HashConfig(), model.fingerprint(), options.seed)), {}
 
 
 def plan_memory(options: argparse.Namespace, models: list[Transformer], length: int, needed: int,
@@ -411,7 +399,7 @@ def plan_memory(options: argparse.Namespace, models: list[Transformer], length: 
     signature_row = cache_bytes_per_token(models[-1], encoders, batch, options.dense_layers)[1]
     # a large prefill chunk takes more than free_memory leaves
     chunk = max(prefill_bytes(model, min(options.prefill_chunk, length)) for model in models)
-    free = tp.least(free_memory(options.device) - max(0, chunk - 2 ** 30))
+    free = distributed.all_min(free_memory(options.device) - max(0, chunk - 2 ** 30))
     fits = max(free // (row + signature_row) - (options.speculate_k or 0), 0)  # drafts need rows past the last token
     if options.max_seq_length == "auto":
         length = max(needed, min(length, fits))
@@ -419,7 +407,7 @@ def plan_memory(options: argparse.Namespace, models: list[Transformer], length: 
         raise UserError(f"the caches for {batch} x {length} tokens take {(row + signature_row) * length / 2 ** 30:.1f} GiB, "
                         f"{free / 2 ** 30:.1f} GiB are free for them, and at most {fits} tokens fit; "
                         "shorten the prompt, --max_new_tokens or --max_seq_length, or use a smaller --batch_size")
-    each = f" of each of {tp.size()} ranks" if tp.size() > 1 else ""
+    each = f" of each of {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
     print(f"memory plan{each}: weights {sum(map(weight_bytes, models)) / 2 ** 30:.2f} GiB, "
           f"K and V {row * length / 2 ** 30:.2f} GiB, signatures "
           f"{signature_row * length / 2 ** 20:.1f} MiB for {f'{batch} x ' if batch > 1 else ''}{length} tokens, "
@@ -435,7 +423,7 @@ def free_memory(device: str) -> int:
     else:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable"):
-                free = int(line.split()[1]) * 1024 // tp.size()  # the ranks share it
+                free = int(line.split()[1]) * 1024 // distributed.world_size()  # the ranks share it
     return free - min(free // 10, 2 ** 30)
 
 
@@ -472,7 +460,7 @@ def chat(session: Session) -> None:
     """Turns on the terminal until an empty line; only what is new of a turn is prefilled."""
     messages: list[dict] = []
     while True:
-        turn = tp.on_first(read_turn)
+        turn = distributed.on_first(read_turn)
         if not turn.strip():
             return
         messages.append({"role": "user", "content": turn})
@@ -512,7 +500,7 @@ def main() -> None:
     rows = length + (options.speculate_k or 0)  # of the caches, as Session makes them
     settings = sparse_settings(options, rows, tokens) if encoders is not None else None
     if options.budgets == "calibrated":
-        settings = tp.shard_settings(calibrated(settings, about, tokens, rows))
+        settings = tensor_parallel.shard_settings(calibrated(settings, about, tokens, rows))
     session = Session(options, model, tokenizer, length, settings, encoders, draft)
     if options.interactive:
         chat(session)
@@ -532,7 +520,7 @@ def main() -> None:
                       for row, tokens in enumerate(samples[-1].tokens)]
     if options.no_stream and not options.json:
         print("\n".join(texts))
-    if options.profile is not None and tp.rank() == 0:
+    if options.profile is not None and distributed.rank() == 0:
         with atomic_path(options.profile) as beside:
             profiler.export_chrome_trace(str(beside))
     result = report(session, prompts, samples, texts)
@@ -544,7 +532,7 @@ def main() -> None:
     if options.save is not None:
         tokens = samples[-1].tokens[0]
         saved = result | {"log_likelihood": session.teacher_force(prompts[0], tokens)[1] if len(tokens) > 1 else None}
-        if tp.rank() == 0:
+        if distributed.rank() == 0:
             with atomic_path(options.save) as beside:
                 beside.write_text(json.dumps(saved))
     if options.json:
@@ -552,4 +540,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    tp.run_ranks(main)
+    distributed.run_ranks(main)

@@ -18,17 +18,13 @@ key/value heads, G = Hq / Hkv, D head_dim, b signature bits, W = b / 32 words, H
 K tokens attended per signature head.
 """
 import itertools
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common import UserError, atomic_path
+from hashfast.common import UserError
 
 NUM_BINS = 64
 
@@ -351,7 +347,7 @@ def rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, encoder: HashEncod
                        signatures: Tensor | None, seq_lens: Tensor) -> tuple[Tensor, Tensor | None]:
     """`rope_encode_append_reference`, by one Triton kernel where the tensors are on a GPU and the encoder is linear."""
     if qkv.is_cuda and (encoder is None or encoder.config.depth == 1):
-        import encode_kernels
+        from hashfast.kernels import encode as encode_kernels
         return encode_kernels.rope_encode_append(qkv, cos, sin, encoder, k_cache, v_cache, signatures, seq_lens)
     return rope_encode_append_reference(qkv, cos, sin, encoder, k_cache, v_cache, signatures, seq_lens)
 
@@ -364,7 +360,7 @@ def select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: 
     tokens and, where they are few, the keys of the selected ones.
     """
     if signatures.is_cuda:
-        import hash_kernels
+        from hashfast.kernels import select as hash_kernels
         return hash_kernels.select_tokens(planes, signatures, seq_lens, budget, sink, recent, _slots(budget, K), shift, caches)
     return select_tokens_reference(planes, signatures, seq_lens, budget, sink, recent, K, shift)
 
@@ -373,7 +369,7 @@ def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tenso
                      scale: float | None = None) -> tuple[Tensor, Tensor]:
     """`sparse_attention_reference`, by the Triton kernel where the tensors are on a GPU."""
     if q.is_cuda:
-        import sparse_kernels
+        from hashfast.kernels import sparse_attention as sparse_kernels
         return sparse_kernels.sparse_attention(q, k_cache, v_cache, indices, scale)
     return sparse_attention_reference(q, k_cache, v_cache, indices, scale)
 
@@ -382,92 +378,6 @@ def dense_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tenso
                     scale: float | None = None) -> tuple[Tensor, Tensor]:
     """`dense_attention_reference`, by the Triton kernel where the tensors are on a GPU."""
     if q.is_cuda:
-        import attention_kernels
+        from hashfast.kernels import dense_attention as attention_kernels
         return attention_kernels.dense_attention(q, k_cache, v_cache, seq_lens, scale)
     return dense_attention_reference(q, k_cache, v_cache, seq_lens, scale)
-
-
-# ----------------------------------------------------------------------------------------------------------------- files
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What of a model its signatures depend on; checked when they are loaded."""
-    n_layer: int
-    n_head: int
-    n_kv_head: int
-    head_dim: int
-    rope_theta: float
-    vocab_size: int
-
-
-def random_encoders(config: HashConfig, model: Fingerprint, seed: int = 0) -> list[HashEncoder]:
-    """Untrained signatures: seeded random projections (LSH), the query heads of a group sharing their key's matrix."""
-    generator = torch.Generator().manual_seed(seed)
-    encoders = []
-    for _ in range(model.n_layer):
-        encoder = HashEncoder(config, model.n_head, model.n_kv_head, model.head_dim)
-        for key, query in zip(encoder.key, encoder.query, strict=True):
-            key.weight.normal_(std=key.weight.shape[1] ** -0.5, generator=generator)
-            query.weight.copy_(key.weight.repeat_interleave(encoder.group, dim=0))
-        for last in (encoder.key[-1], encoder.query[-1]):
-            last.weight[..., config.bits:] = 0
-        encoders.append(encoder)
-    return encoders
-
-
-def round_weights(module: nn.Module) -> None:
-    """Make the weights of an encoder, or of one layer of it, the values that a signatures file holds of them."""
-    for name, parameter in module.named_parameters():
-        parameter.copy_(_stored(name, parameter))
-
-
-def _stored(name: str, tensor: Tensor) -> Tensor:
-    """Weights are stored as float16; biases, which are few and large where a channel's mean is folded into them, as float32."""
-    largest = torch.finfo(torch.float16).max  # a channel that hardly ever changes has weights beyond it
-    return tensor.detach().clamp(-largest, largest).half() if name.endswith("weight") else tensor.detach()
-
-
-def save_signatures(path: str | Path, encoders: list[HashEncoder], model: Fingerprint, provenance: dict) -> None:
-    """Write the encoders of all layers, their config, the model's fingerprint and how they came to be, as safetensors.
-
-    Weights are rounded to float16, half the size; `round_weights` does that to encoders that are to be judged before.
-    """
-    tensors = {f"layers.{i}.{name}": _stored(name, tensor).cpu().contiguous()
-               for i, encoder in enumerate(encoders) for name, tensor in encoder.state_dict().items()}
-    about = {**provenance, "config": asdict(encoders[0].config), "model": asdict(model)}
-    with atomic_path(path) as beside:
-        save_file(tensors, beside, metadata={"hashfast": json.dumps(about)})
-
-
-def load_signatures(path: str | Path, model: Fingerprint) -> tuple[list[HashEncoder], dict]:
-    """Read what `save_signatures` wrote -> (one HashEncoder per layer, in float32, and the metadata). UserError where it does
-    not fit."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no signatures file at {path}; train one with train_hash.py or leave --signatures out")
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["hashfast"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        config = HashConfig(**about["config"])
-        trained_on = Fingerprint(**about["model"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a hashfast signatures file ({type(error).__name__}: {error}); "
-                        "make one with train_hash.py") from error
-    for field, here in asdict(model).items():
-        there = getattr(trained_on, field)
-        if here != there:
-            raise UserError(f"{path} holds signatures of another model: {field} is {there} there and {here} here; "
-                            "use signatures trained on this model")
-    encoders = []
-    for i in range(model.n_layer):
-        encoder = HashEncoder(config, model.n_head, model.n_kv_head, model.head_dim)
-        prefix = f"layers.{i}."
-        state = {name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items() if name.startswith(prefix)}
-        try:
-            encoder.load_state_dict(state)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{path}, layer {i}: {reason}; train the signatures again with train_hash.py") from error
-        encoders.append(encoder)
-    return encoders, about

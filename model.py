@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hash_attention import (
-    Fingerprint,
+from hashfast.hash_attention import (
     HashEncoder,
     apply_rope,
     dense_attention,
@@ -25,8 +24,8 @@ from hash_attention import (
     select_tokens,
     sparse_attention,
 )
-from linear import linear, rms_norm
-from prompt_attention import causal_attention
+from hashfast.ops.linear import linear, rms_norm
+from hashfast.ops.prompt_attention import causal_attention
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,17 @@ class ModelArgs:
     def vocab_rows(self) -> int:
         """Rows of the embedding and output tables that a rank holds, those past the vocabulary's end included."""
         return -(-self.vocab_size // self.ranks)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What of a model its signatures depend on; checked when they are loaded."""
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    rope_theta: float
+    vocab_size: int
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from budgets import UNIT, calibrate, curve_units
-from checkpoint import load_model
-from common import (
+from hashfast.common import (
     Parser,
     UserError,
     atomic_path,
@@ -40,21 +38,15 @@ from common import (
     environment,
     run_command,
 )
-from hash_attention import (
-    Fingerprint,
-    HashConfig,
-    HashEncoder,
-    load_signatures,
-    random_encoders,
-    round_weights,
-    save_signatures,
-    select_tokens_reference,
-)
-from model import Transformer
-from needles import make_needle
-from prompt_attention import causal_attention
-from recipes import RECIPES, Recipe
-from tokenizer import Tokenizer
+from hashfast.hash_attention import HashConfig, HashEncoder, select_tokens_reference
+from hashfast.model import Fingerprint, Transformer
+from hashfast.ops.prompt_attention import causal_attention
+from hashfast.research.budgets import UNIT, calibrate, curve_units
+from hashfast.research.needles import make_needle
+from hashfast.research.recipes import RECIPES, Recipe
+from hashfast.runtime.checkpoint import load_model
+from hashfast.runtime.signatures import load_signatures, random_encoders, round_weights, save_signatures
+from hashfast.runtime.tokenizer import Tokenizer
 
 POSITIONS = 48  # query positions of one training step
 HELD_OUT = 2  # sequences kept out of training, of books and of retrieval documents each
@@ -247,7 +239,7 @@ def train_layer(recipe: type[Recipe], encoder: HashEncoder, queries: list[Tensor
 # -------------------------------------------------------------------------------------------------------------- held out
 
 @torch.inference_mode()
-def caught_curve(encoder: HashEncoder, weights: Tensor, q: Tensor, k: Tensor, positions: Tensor, budgets: list[int], sink: int,
+def recall_curve(encoder: HashEncoder, weights: Tensor, q: Tensor, k: Tensor, positions: Tensor, budgets: list[int], sink: int,
                  recent: int) -> Tensor:
     """Share of the attention mass that each of these budgets catches, mean over positions and the heads of a group.
 
@@ -264,7 +256,7 @@ def caught_curve(encoder: HashEncoder, weights: Tensor, q: Tensor, k: Tensor, po
 
 
 @torch.inference_mode()
-def caught_mass(encoders: dict[str, HashEncoder], q: Tensor, k: Tensor, positions: Tensor, budget: int, sink: int,
+def attention_recall(encoders: dict[str, HashEncoder], q: Tensor, k: Tensor, positions: Tensor, budget: int, sink: int,
                 recent: int) -> dict[str, float]:
     """Share of the attention mass that `budget` tokens catch, mean over query heads and positions.
 
@@ -278,7 +270,7 @@ def caught_mass(encoders: dict[str, HashEncoder], q: Tensor, k: Tensor, position
     shares = {"window": float(window),
               "oracle": float(window + group_mass.topk(budget - sink - recent, dim=-1).values.sum(dim=-1).mean())}
     for name, encoder in encoders.items():
-        shares[name] = float(caught_curve(encoder, weights, q, k, positions, [budget], sink, recent).mean())
+        shares[name] = float(recall_curve(encoder, weights, q, k, positions, [budget], sink, recent).mean())
     return shares
 
 
@@ -422,9 +414,9 @@ def judge_layer(judged: dict[str, HashEncoder], kept: dict[str, list[Sequence]],
         for sequence, (q, k) in zip(sequences, captured, strict=False):
             positions = held_out_positions(sequence).to(k.device)
             q = q[:, positions]
-            shares.append(caught_mass(judged, q, k, positions, budget, sink, recent))
+            shares.append(attention_recall(judged, q, k, positions, budget, sink, recent))
             units = curve_units(k.shape[1], sink + recent)
-            curves.append(caught_curve(judged["trained"], attention_weights(q, k, positions), q, k, positions,
+            curves.append(recall_curve(judged["trained"], attention_weights(q, k, positions), q, k, positions,
                                        [sink + recent + UNIT * (1 + j) for j in range(units)], sink, recent))
         masses[kind] = mean_shares(shares)
     shortest = min(curve.shape[1] for curve in curves)

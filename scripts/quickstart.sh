@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_venv.sh
 setup_venv requirements.txt
 
-.venv/bin/python scripts/fetch_quickstart.py
+.venv/bin/python -m hashfast.commands.fetch_quickstart
 
 generate=(
     .venv/bin/python generate.py

@@ -9,7 +9,7 @@
 #   quality   BOOKS; for everything at 32K tokens MODEL and TRAIN as well
 #   BOOKS     a folder of long .txt files (32K tokens for MODEL) that no signature was trained on
 #   TRAIN     a folder of other long .txt files, for the signatures of MODEL that are compared with its own
-#   MODEL     a checkpoint folder made for 32K tokens (python scripts/download.py Qwen/Qwen2.5-Coder-1.5B-Instruct --out ...)
+#   MODEL     a checkpoint folder made for 32K tokens (python -m hashfast download Qwen/Qwen2.5-Coder-1.5B-Instruct --out ...)
 #   SIGNATURES  its signatures (python train_hash.py); default: weights/<the folder's name>.safetensors
 #   PROMPT    a text file of about 31,000 of its tokens;  DRAFT: a smaller checkpoint of the same vocabulary
 #   RESULTS   another folder than results/; the READMEs are then left alone
@@ -41,46 +41,46 @@ run() {
 }
 
 attention() {
-    run bench.py attention --json "$RESULTS/attention_$name.json"
-    run bench.py plot "$RESULTS/attention_$name.json"
+    run -m hashfast bench attention --json "$RESULTS/attention_$name.json"
+    run -m hashfast bench plot "$RESULTS/attention_$name.json"
 }
 
 decode() {
-    run bench.py decode --json "$RESULTS/decode_$name.json"
-    run bench.py latency --json "$RESULTS/latency_$name.json"
-    run bench.py ragged --json "$RESULTS/ragged_$name.json"
-    run bench.py plot "$RESULTS/decode_$name.json" "$RESULTS/latency_$name.json"
+    run -m hashfast bench decode --json "$RESULTS/decode_$name.json"
+    run -m hashfast bench latency --json "$RESULTS/latency_$name.json"
+    run -m hashfast bench ragged --json "$RESULTS/ragged_$name.json"
+    run -m hashfast bench plot "$RESULTS/decode_$name.json" "$RESULTS/latency_$name.json"
 }
 
 prefill() {
-    run bench.py prefill --json "$RESULTS/prefill_$name.json"
+    run -m hashfast bench prefill --json "$RESULTS/prefill_$name.json"
 }
 
 speculate() {
-    run bench.py speculate --json "$RESULTS/speculate_$name.json"
+    run -m hashfast bench speculate --json "$RESULTS/speculate_$name.json"
 }
 
 parity() {
     local bits ranks k folder="$RESULTS/raw" shapes="1x32768 8x32768" files
     local torchrun=(-m torch.distributed.run --standalone --nproc_per_node)
     # shellcheck disable=SC2086  # shapes are words
-    run bench.py decode --shapes $shapes --no_warm_start --json "$folder/plain_$name.json"
+    run -m hashfast bench decode --shapes $shapes --no_warm_start --json "$folder/plain_$name.json"
     for bits in int8 int4; do
-        run bench.py decode --shapes 1x32768 --quantize $bits --attention hash \
+        run -m hashfast bench decode --shapes 1x32768 --quantize $bits --attention hash \
             --no_warm_start --json "$folder/${bits}_$name.json"
     done
     files=("$folder/plain_$name.json" "$folder/int8_$name.json" "$folder/int4_$name.json")
     for ranks in 2 4; do
         if [ "$(wc -l <<<"$gpus")" -ge $ranks ]; then
             # shellcheck disable=SC2086
-            run "${torchrun[@]}" $ranks bench.py decode --shapes $shapes --json "$folder/tp${ranks}_$name.json"
+            run "${torchrun[@]}" $ranks -m hashfast bench decode --shapes $shapes --json "$folder/tp${ranks}_$name.json"
             files+=("$folder/tp${ranks}_$name.json")
         else
             echo "tensor parallelism of $ranks is left out: it needs as many GPUs" >&2
         fi
     done
     if [ "$(wc -l <<<"$gpus")" -ge 4 ]; then
-        run "${torchrun[@]}" 4 bench.py decode --model llama-3.1-70b --shapes 1x32768 --steps 30 \
+        run "${torchrun[@]}" 4 -m hashfast bench decode --model llama-3.1-70b --shapes 1x32768 --steps 30 \
             --json "$RESULTS/decode_70b_$name.json"
     fi
     if [ -n "$MODEL" ]; then
@@ -100,16 +100,16 @@ parity() {
     else
         echo "speculation with real weights is left out: it needs MODEL" >&2
     fi
-    run bench.py parity "${files[@]}" --json "$RESULTS/parity_$name.json"
+    run -m hashfast bench parity "${files[@]}" --json "$RESULTS/parity_$name.json"
 }
 
 quality() {
-    run scripts/fetch_quickstart.py
-    run eval.py ppl --checkpoint_path $small --signatures weights/smollm2-135m-instruct.safetensors --data "$BOOKS"/*.txt \
+    run -m hashfast.commands.fetch_quickstart
+    run -m hashfast eval ppl --checkpoint_path $small --signatures weights/smollm2-135m-instruct.safetensors --data "$BOOKS"/*.txt \
         --context 8192 --last 512 --ratios 16 32 --compile --json "$RESULTS/quality_ppl.json"
-    run eval.py recall --checkpoint_path $small --signatures weights/smollm2-135m-instruct.safetensors --data "$BOOKS"/*.txt \
+    run -m hashfast eval recall --checkpoint_path $small --signatures weights/smollm2-135m-instruct.safetensors --data "$BOOKS"/*.txt \
         --context 4096 --last 16 --selector hash oracle_group quest lsh streaming --ratios 16 --json "$RESULTS/recall.json"
-    run scripts/ablations.py --checkpoint_path $small --data "$BOOKS"/*.txt --context 2048 --sink 4 --recent 12 \
+    run -m hashfast ablations --checkpoint_path $small --data "$BOOKS"/*.txt --context 2048 --sink 4 --recent 12 \
         --sequences 12 --steps 150 --layers 4 14 24 --json "$RESULTS/ablations.json"
     if [ -z "$MODEL" ]; then
         echo "quality at 32K tokens is left out: it needs MODEL" >&2
@@ -125,17 +125,17 @@ quality() {
     done
     local judge=(--checkpoint_path "$MODEL" --data "$BOOKS"/*.txt) theirs=(oracle_group quest double_sparsity lsh streaming) context
     local compared=("$SIGNATURES" "$own-64bit.safetensors" "$own-hashattention.safetensors" "$own-hata.safetensors")
-    run eval.py ppl "${judge[@]}" --signatures "${compared[@]}" --context 32768 --last 1024 --batch_size 6 --ratios 16 32 64 \
+    run -m hashfast eval ppl "${judge[@]}" --signatures "${compared[@]}" --context 32768 --last 1024 --batch_size 6 --ratios 16 32 64 \
         --selector hash oracle_group streaming --json "$RESULTS/quality_ppl_32k.json"
     for context in 16 32; do
-        run eval.py needles "${judge[@]}" --signatures "${compared[@]}" --context $((1024 * context)) --batch_size 16 \
+        run -m hashfast eval needles "${judge[@]}" --signatures "${compared[@]}" --context $((1024 * context)) --batch_size 16 \
             --ratios 16 32 --selector hash "${theirs[@]}" --json "$RESULTS/quality_needles_${context}k.json"
     done
-    run eval.py needles "${judge[@]}" --signatures "$SIGNATURES" "$own-each.safetensors" "$own-query.safetensors" \
+    run -m hashfast eval needles "${judge[@]}" --signatures "$SIGNATURES" "$own-each.safetensors" "$own-query.safetensors" \
         --context 16384 --batch_size 16 --tasks every_line_key uuids --ratios 16 32 --selector oracle oracle_group oracle_max \
         oracle_near oracle_split oracle_turns hash hash_turns hash_near hash_balanced hash_split hash_calibrated \
         --json "$RESULTS/ideas_16k.json"
-    run eval.py grid "${judge[@]}" --signatures "$SIGNATURES" --batch_size 20 --ratios 16 --json "$RESULTS/needle_grid.json"
+    run -m hashfast eval grid "${judge[@]}" --signatures "$SIGNATURES" --batch_size 20 --ratios 16 --json "$RESULTS/needle_grid.json"
 }
 
 parts=" attention decode prefill speculate parity quality "
@@ -154,4 +154,4 @@ for part in "$@"; do
     # shellcheck disable=SC2086  # parts are words
     if [ "$part" = all ]; then for each in $parts; do $each; done; else $part; fi
 done
-if [ "$RESULTS" = results ]; then run bench.py report --write README.md results/README.md; else run bench.py report --results "$RESULTS"; fi
+if [ "$RESULTS" = results ]; then run -m hashfast bench report --write README.md results/README.md; else run -m hashfast bench report --results "$RESULTS"; fi

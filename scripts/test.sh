@@ -5,6 +5,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_venv.sh
 setup_venv requirements-dev.txt
 
-.venv/bin/python scripts/fetch_quickstart.py
+.venv/bin/python -m hashfast.commands.fetch_quickstart
 .venv/bin/python -m ruff check --quiet .
 exec .venv/bin/python -m pytest "$@"

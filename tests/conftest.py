@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from common import run_command
+from hashfast.common import run_command
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -113,6 +113,6 @@ def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -
 @pytest.fixture
 def command(in_process: Callable[..., Ran]) -> Callable[..., Ran]:
     """command(flag, ...) runs generate.py in this process, on the CPU."""
-    import generate  # may import triton, so after the variable above
+    from hashfast import generate
 
     return lambda *flags: in_process(generate.main, "generate.py", "--device", "cpu", *flags)

@@ -3,8 +3,8 @@ import torch
 import triton
 from conftest import DEVICE
 
-import hash_attention as reference
-from hash_attention import HashConfig
+from hashfast import hash_attention as reference
+from hashfast.hash_attention import HashConfig
 
 
 def lengths(*values: int) -> torch.Tensor:

@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-import generate
-from checkpoint import PRESETS, load_model
-from generate import Sampling, Session, parse_options, sample, sparse_settings
-from hash_attention import Fingerprint, HashConfig, random_encoders, save_signatures
-from model import ModelArgs, SparseSettings, Transformer
-from prompts import NewText
-from tokenizer import Tokenizer
+from hashfast import generate
+from hashfast.generate import Sampling, Session, parse_options, sample, sparse_settings
+from hashfast.hash_attention import HashConfig
+from hashfast.model import Fingerprint, ModelArgs, SparseSettings, Transformer
+from hashfast.runtime.checkpoint import PRESETS, load_model
+from hashfast.runtime.prompts import NewText
+from hashfast.runtime.signatures import random_encoders, save_signatures
+from hashfast.runtime.tokenizer import Tokenizer
 
 SCRIPT = Path(generate.__file__)
 BYTES = 256  # token ids below stand for bytes, those above are special

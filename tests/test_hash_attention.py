@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import hash_attention as ha
-from common import UserError
-from hash_attention import Fingerprint, HashConfig
+from hashfast import hash_attention as ha
+from hashfast.common import UserError
+from hashfast.hash_attention import HashConfig
+from hashfast.model import Fingerprint
+from hashfast.runtime import signatures as files
 
 MODEL = Fingerprint(n_layer=2, n_head=6, n_kv_head=2, head_dim=16, rope_theta=1e4, vocab_size=50)
 CONFIGS = [HashConfig(), HashConfig(bits=64, query_bits=2), HashConfig(bits=128, query_bits=1), HashConfig(query_bits=8),
@@ -37,7 +39,7 @@ def test_packing_is_little_endian():
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_score_sums_the_weights_of_agreeing_bits(config):
-    (encoder, _) = ha.random_encoders(config, MODEL)
+    (encoder, _) = files.random_encoders(config, MODEL)
     q, k = torch.randn(3, 6, 16), torch.randn(3, 2, 40, 16)
     planes, signatures = encoder.encode_queries(q), encoder.encode_keys(k)
     Hs = encoder.n_signature_head
@@ -49,7 +51,7 @@ def test_score_sums_the_weights_of_agreeing_bits(config):
 
 
 def test_one_bit_queries_rank_by_summed_hamming_similarity():
-    encoder = ha.random_encoders(HashConfig(query_bits=1), MODEL)[0]
+    encoder = files.random_encoders(HashConfig(query_bits=1), MODEL)[0]
     q, k = torch.randn(1, 6, 16), torch.randn(1, 2, 40, 16)
     score = ha.score_reference(encoder.encode_queries(q), encoder.encode_keys(k))
     signs = encoder.query_codes(q[:, :, None]).squeeze(2).unflatten(1, (2, 3)) > 0  # [1, 2, 3, 32]
@@ -146,12 +148,12 @@ def test_dense_attention_is_causal_at_each_length():
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_signatures_survive_their_file(config, tmp_path):
-    encoders = ha.random_encoders(config, MODEL, seed=3)
-    ha.save_signatures(tmp_path / "s.safetensors", encoders, MODEL, {"recipe": "none"})
-    loaded, about = ha.load_signatures(tmp_path / "s.safetensors", MODEL)
+    encoders = files.random_encoders(config, MODEL, seed=3)
+    files.save_signatures(tmp_path / "s.safetensors", encoders, MODEL, {"recipe": "none"})
+    loaded, about = files.load_signatures(tmp_path / "s.safetensors", MODEL)
     assert about["recipe"] == "none" and loaded[0].config == config
     for encoder, again in zip(encoders, loaded, strict=True):
-        ha.round_weights(encoder)
+        files.round_weights(encoder)
         for name, tensor in encoder.state_dict().items():
             assert torch.equal(tensor, again.state_dict()[name])
     weight, tensors = encoders[0].key[0].weight, load_file(tmp_path / "s.safetensors")
@@ -163,22 +165,22 @@ def test_signatures_survive_their_file(config, tmp_path):
 def test_foreign_or_broken_signature_files_are_refused(tmp_path):
     path = tmp_path / "s.safetensors"
     with pytest.raises(UserError, match="no signatures file"):
-        ha.load_signatures(path, MODEL)
+        files.load_signatures(path, MODEL)
     path.write_bytes(b"junk")
     with pytest.raises(UserError, match="not a hashfast signatures file"):
-        ha.load_signatures(path, MODEL)
+        files.load_signatures(path, MODEL)
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="not a hashfast signatures file"):
-        ha.load_signatures(path, MODEL)
-    ha.save_signatures(path, ha.random_encoders(HashConfig(), MODEL), MODEL, {})
+        files.load_signatures(path, MODEL)
+    files.save_signatures(path, files.random_encoders(HashConfig(), MODEL), MODEL, {})
     other = Fingerprint(2, 6, 2, 16, 5e5, 50)
     with pytest.raises(UserError, match="another model: rope_theta"):
-        ha.load_signatures(path, other)
+        files.load_signatures(path, other)
     tensors = load_file(path)
     del tensors["layers.1.key.0.bias"]
     save_file(tensors, path, metadata={"hashfast": json.dumps({"config": {}, "model": vars(MODEL)})})
     with pytest.raises(UserError, match=r"layer 1.*key\.0\.bias"):
-        ha.load_signatures(path, MODEL)
+        files.load_signatures(path, MODEL)
 
 
 @pytest.mark.parametrize("wrong", [{"bits": 48}, {"query_bits": 0}, {"query_bits": 9}, {"depth": 4}, {"hidden": 0},

@@ -4,10 +4,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from checkpoint import load_model
-from decode import Decoder, Sampling, decode, prefill, tokens_read
-from hash_attention import HashConfig, random_encoders, select_tokens
-from model import SparseSettings
+from hashfast.hash_attention import HashConfig, select_tokens
+from hashfast.model import SparseSettings
+from hashfast.runtime.checkpoint import load_model
+from hashfast.runtime.decode import Decoder, decode, prefill
+from hashfast.runtime.memory import tokens_read
+from hashfast.runtime.sampling import Sampling
+from hashfast.runtime.signatures import random_encoders
 
 transformers = pytest.importorskip("transformers")
 

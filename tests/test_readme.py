@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import Parser
-from report import MARKED, TABLES, fill
+from hashfast.__main__ import COMMANDS
+from hashfast.common import Parser
+from hashfast.research.report import MARKED, TABLES, fill
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
 TABLES_PAGE = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
 RESULTS = sorted((ROOT / "results").glob("*.json"))
-MOST_LINES = 600
 
 # Figures in README's own words: versions. Every other figure stands in a table between markers.
 VERSIONS = {"3.10", "2.11", "3.6", "2.13", "Llama-3.1-8B", "Apache-2.0"}
@@ -47,11 +47,16 @@ class Parsed(Exception):
 
 def parse(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     """Let the script in `words` parse the flags behind it, as it would when started."""
-    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    script, flags = ROOT / words[at], words[at + 1:]
-    assert script.is_file(), f"{words[at]} is not there"
-    if "Parser(" not in script.read_text():
-        assert not flags, f"{words[at]} takes no flags"
+    if "hashfast" in words:
+        command, *flags = words[words.index("hashfast") + 1:]
+        name, prog = COMMANDS[command][0], f"hashfast {command}"
+    else:
+        prog = next(word for word in words if word.endswith(".py") or word.startswith("hashfast."))
+        flags = words[words.index(prog) + 1:]
+        name = prog if prog.startswith("hashfast.") else f"hashfast.{prog.removesuffix('.py')}"
+    module = importlib.import_module(name)
+    if "Parser(" not in Path(module.__file__).read_text():
+        assert not flags, f"{prog} takes no flags"
         return
     original = Parser.parse_args
 
@@ -60,14 +65,14 @@ def parse(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
         raise Parsed
 
     with monkeypatch.context() as patched:
-        patched.setattr(sys, "argv", [words[at], *flags])
+        patched.setattr(sys, "argv", [prog, *flags])
         patched.setattr(Parser, "parse_args", parse_args)
         with pytest.raises(Parsed):
-            importlib.import_module(script.stem).main()
+            module.main()
 
 
 def test_tables_are_those_of_the_results() -> None:
-    again = "run: python bench.py report --write README.md results/README.md"
+    again = "run: python -m hashfast bench report --write README.md results/README.md"
     assert fill(README, ROOT / "results", ROOT) == README, again
     assert fill(TABLES_PAGE, ROOT / "results", ROOT / "results") == TABLES_PAGE, again
     assert [match[2] for match in MARKED.finditer(README)] == ["summary", "claims"]
@@ -177,22 +182,10 @@ def test_reproduce(reproduce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert {"results/raw/tp4_h200.json", "results/raw/tp4_h100.json"} <= written
     for path in RESULTS:
         assert f"results/{path.name}" in written or path.name.startswith("quickstart"), f"nothing writes {path.name}"
-    assert lines[-1] == ["bench.py", "report", "--write", "README.md", "results/README.md"]
+    assert lines[-1] == ["-m", "hashfast", "bench", "report", "--write", "README.md", "results/README.md"]
 
     elsewhere = reproduce("attention", RESULTS=tmp_path / "mine")
-    assert elsewhere.stdout.splitlines()[-1] == f"bench.py report --results {tmp_path / 'mine'}"
+    assert elsewhere.stdout.splitlines()[-1] == f"-m hashfast bench report --results {tmp_path / 'mine'}"
     for part, model in (("tea", ""), ("", ""), ("quality", ""), ("all", ""), ("parity", "checkpoints/large")):
         ran = reproduce(*part.split(), MODEL=model)
         assert ran.returncode == 2 and ran.stdout == "" and ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1
-
-
-def test_no_file_is_long() -> None:
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("scripts/*")]:
-        if path.is_file():
-            count = len(path.read_text(encoding="utf-8").splitlines())
-            assert count <= MOST_LINES, f"{path.relative_to(ROOT)} has {count} lines"
-
-
-def test_the_package_names_every_module() -> None:
-    listed = re.search(r"py-modules = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)[1]
-    assert re.findall(r'"(\w+)"', listed) == sorted(path.stem for path in ROOT.glob("*.py"))

@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from checkpoint import load_model
-from decode import Decoder, Sampling, prefill
-from hash_attention import load_signatures, random_encoders
-from model import SparseSettings
-from tokenizer import Tokenizer
+from hashfast.model import SparseSettings
+from hashfast.runtime.checkpoint import load_model
+from hashfast.runtime.decode import Decoder, prefill
+from hashfast.runtime.sampling import Sampling
+from hashfast.runtime.signatures import load_signatures, random_encoders
+from hashfast.runtime.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT, BOOK = ROOT / "checkpoints" / "smollm2-135m-instruct", ROOT / "data" / "alice29.txt"

@@ -9,27 +9,20 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-import train_hash
-from checkpoint import load_model
-from common import UserError, run_command
-from hash_attention import (
-    Fingerprint,
-    HashConfig,
-    HashEncoder,
-    load_signatures,
-    random_encoders,
-    round_weights,
-    save_signatures,
-    select_tokens_reference,
-)
-from recipes import RECIPES, Listwise, ListwiseEach
-from train_hash import (
+from hashfast import train_hash
+from hashfast.common import UserError, run_command
+from hashfast.hash_attention import HashConfig, HashEncoder, select_tokens_reference
+from hashfast.model import Fingerprint
+from hashfast.research.recipes import RECIPES, Listwise, ListwiseEach
+from hashfast.runtime.checkpoint import load_model
+from hashfast.runtime.signatures import load_signatures, random_encoders, round_weights, save_signatures
+from hashfast.train_hash import (
     Partial,
     Sequence,
     Standard,
+    attention_recall,
     attention_weights,
-    caught_curve,
-    caught_mass,
+    recall_curve,
     selectable_region,
     train_layer,
 )
@@ -60,7 +53,7 @@ def caught(encoder: HashEncoder) -> dict[str, float]:
     q, k = structured(99)
     positions = torch.arange(300, 400, 5)
     untrained = random_encoders(encoder.config, SHAPE, seed=1)[0]
-    return caught_mass({"random": untrained, "trained": encoder}, q[:, positions], k, positions, 64, SINK, RECENT)
+    return attention_recall({"random": untrained, "trained": encoder}, q[:, positions], k, positions, 64, SINK, RECENT)
 
 
 # ----------------------------------------------------------------------------------------------------------------- train
@@ -199,7 +192,7 @@ def test_caught_mass_grows_with_the_budget_to_all(share: str) -> None:
     q, k = structured(5)
     positions = torch.tensor([350, 399])
     encoder = random_encoders(HashConfig(share=share), SHAPE)[0]
-    shares = [caught_mass({"random": encoder}, q[:, positions], k, positions, budget, SINK, RECENT)
+    shares = [attention_recall({"random": encoder}, q[:, positions], k, positions, budget, SINK, RECENT)
               for budget in (16, 100, 400)]
     for name in ("random", "oracle"):
         values = [s[name] for s in shares]
@@ -213,7 +206,7 @@ def test_caught_curve_is_what_each_budget_selects() -> None:
     encoder = random_encoders(HashConfig(), SHAPE)[0]
     weights = attention_weights(q[:, positions], k, positions)
     budgets = [SINK + RECENT, 40, 41, 300]
-    curve = caught_curve(encoder, weights, q[:, positions], k, positions, budgets, SINK, RECENT)
+    curve = recall_curve(encoder, weights, q[:, positions], k, positions, budgets, SINK, RECENT)
     planes = encoder.encode_queries(q[:, positions].transpose(0, 1))
     signatures = encoder.encode_keys(k[None]).expand(2, -1, -1, -1)
     for column, budget in zip(curve.T, budgets, strict=True):

@@ -1,0 +1,32 @@
+"""hashfast: decoding in native PyTorch whose attention reads the few tokens that learned bit signatures select.
+
+    import hashfast
+    model = hashfast.load_model("checkpoints/smollm2-135m-instruct")
+
+The names below are imported when they are first used, so that `import hashfast` itself loads neither torch nor triton.
+"""
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "HashConfig": "hash_attention",
+    "HashEncoder": "hash_attention",
+    "select_tokens": "hash_attention",
+    "sparse_attention": "hash_attention",
+    "load_signatures": "runtime.signatures",
+    "load_model": "runtime.checkpoint",
+    "Decoder": "runtime.decode",
+}
+__all__ = list(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'hashfast' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"hashfast.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])

@@ -1,0 +1,482 @@
+"""Ways to choose the tokens that a decode step attends to: ours, exact ones as upper bounds, and other papers'.
+
+Every selector keeps the first `sink` and the last `recent` tokens inside the same budget of tokens, in the same layers (those
+that a paper leaves dense are not here). What a selector reads to choose is its `bytes_per_token`: bytes per token of the cache,
+layer and KV head, beside 4 D bytes of bfloat16 keys and values.
+
+Plain PyTorch of static shape, without host syncs, so that a decode step with any of them is one CUDA graph. Each sequence of a
+batch is chosen for as if it were alone.
+
+Symbols: B batch, S cache length, Hq query heads, Hkv key/value heads, G = Hq / Hkv, D head_dim, Hs heads that select (Hkv, or
+Hq with share "query"), K tokens attended.
+"""
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hashfast.common import UserError
+from hashfast.hash_attention import (
+    HashConfig,
+    HashEncoder,
+    query_weights,
+    score_bins,
+    score_reference,
+    select_tokens,
+    weight_planes,
+)
+from hashfast.model import Attention, Transformer
+from hashfast.research.budgets import budgets_for
+from hashfast.runtime.signatures import load_signatures, random_encoders
+
+SELECTORS = ("dense", "hash", "hash_calibrated", "hash_balanced", "hash_near", "hash_split", "hash_turns", "oracle",
+             "oracle_group", "oracle_max", "oracle_near", "oracle_split", "oracle_turns", "streaming", "quest",
+             "double_sparsity", "lsh", "random")
+PAGE = 16  # tokens per page of Quest
+REACH = 2  # tokens on either side that the *_near selectors take a score from
+
+
+def between(length: int, seq_lens: Tensor, sink: int, recent: int) -> Tensor:
+    """Which of a cache's `length` rows hold a token that is neither sink nor recent: bool [B, 1, length]."""
+    position = torch.arange(length, device=seq_lens.device)
+    return (position >= sink) & (position < seq_lens[:, None, None] - recent)
+
+
+def top_tokens(scores: Tensor, seq_lens: Tensor, budget: int, sink: int, recent: int) -> Tensor:
+    """The `budget` tokens of the highest scores, sink and recent before all others; -1 where a sequence has fewer.
+
+    scores float32 [B, Hs, S], seq_lens int32 [B] -> indices int32 [B, Hs, min(budget, S)]
+    """
+    position = torch.arange(scores.shape[-1], device=scores.device)
+    middle = between(scores.shape[-1], seq_lens, sink, recent)  # [B, 1, S]
+    edge = torch.full(middle.shape, float("-inf"), device=scores.device)
+    edge = edge.masked_fill(position < seq_lens[:, None, None], float("inf"))
+    best = torch.where(middle, scores, edge).topk(min(budget, scores.shape[-1]), dim=-1, sorted=False)
+    return best.indices.to(torch.int32).masked_fill(best.values.isneginf(), -1)
+
+
+def places(scores: Tensor) -> Tensor:
+    """How many tokens of its row stand before each one: a higher score first, then the earlier token. float32 of like shape."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    place = torch.arange(scores.shape[-1], dtype=torch.float32, device=scores.device)
+    return torch.zeros_like(scores, dtype=torch.float32).scatter(-1, order, place.expand_as(scores))
+
+
+def near_scores(scores: Tensor, seq_lens: Tensor, sink: int, recent: int) -> Tensor:
+    """Scores by which a token ranks as the best of those within REACH tokens of it does, so that whole stretches are chosen.
+
+    Sink and recent raise none, as they are in anyway. float32 [B, Hs, S] in and out; no two of a row are equal.
+    """
+    scores = scores.masked_fill(~between(scores.shape[-1], seq_lens, sink, recent), float("-inf"))
+    return -places(F.max_pool1d(scores, 2 * REACH + 1, stride=1, padding=REACH))
+
+
+def split_budget(budget: int, length: int, group: int, window: int) -> int:
+    """Tokens for each of a KV head's `group` query heads, so that together they read at most `budget` rows, the window once.
+
+    A budget of the cache's whole `length` stays what it is.
+    """
+    return budget if budget >= length else window + (budget - window) // group
+
+
+def turn_scores(scores: Tensor, seq_lens: Tensor, sink: int, recent: int) -> Tensor:
+    """Scores of tokens for a group whose heads take turns: each in turn names its next best; one named before is passed over.
+
+    scores float32 [B, Hkv, G, S] of each head -> float32 [B, Hkv, S], no two of a row equal.
+    """
+    middle = between(scores.shape[-1], seq_lens, sink, recent)[:, :, None]
+    G = scores.shape[2]
+    turn = places(scores.masked_fill(~middle, float("-inf"))) * G + torch.arange(G, device=scores.device)[:, None]
+    return -turn.amin(dim=2)
+
+
+def dot_products(q: Tensor, k: Tensor) -> Tensor:
+    """q [B, Hq, D], k [B, Hkv, S, D] -> float32 [B, Hkv, G, S], summed in float32."""
+    q = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, G, D]
+    if k.is_cuda and k.dtype != torch.float32:  # no float32 copy of all keys
+        return torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out_dtype=torch.float32).unflatten(0, q.shape[:2])
+    return q.float() @ k.float().mT
+
+
+class Selector(nn.Module):
+    """One layer's choice of tokens. `budget` may change between steps; the buffers are made for one cache."""
+    share = "kv"
+    bytes_per_token = 0.0
+
+    def __init__(self, sink: int, recent: int) -> None:
+        super().__init__()
+        self.budget, self.sink, self.recent = 0, sink, recent
+
+    def set_budget(self, budget: int, context: int) -> None:
+        """Tokens that the layers attend to on average from now on, in texts of `context` tokens."""
+        self.budget = budget
+
+    def build(self, k: Tensor, row: int, length: int) -> None:
+        """Summarise the prompt of sequence `row`, the first `length` > 0 of its keys. k [B, Hkv, S, D].
+
+        A prompt may be continued from again and again without another call: what a step adds, the next one overwrites.
+        """
+
+    def forward(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        """q [B, Hq, D] after RoPE, k [B, Hkv, S, D] with the newest key in, seq_lens int32 [B] -> int32 [B, Hs, K]."""
+        return top_tokens(self.scores(q, k, seq_lens), seq_lens, self.budget, self.sink, self.recent)
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        """Float32 [B, Hs, S]; what stands at and past seq_lens does not count."""
+        raise NotImplementedError
+
+
+def signature_cache(encoder: HashEncoder, k: Tensor) -> Tensor:
+    """Room for the signatures of the keys [B, Hkv, S, D] in a cache: int32 [B, Hs, S, W]."""
+    shape = (k.shape[0], encoder.n_signature_head, k.shape[2], encoder.config.words)
+    return torch.zeros(shape, dtype=torch.int32, device=k.device)
+
+
+class Hash(Selector):
+    """Signatures of hash_attention.py, with its own selection. Untrained encoders make it LSH."""
+
+    needs = "any kind"  # of signatures; `fits` says whether a file is of that kind
+
+    def __init__(self, sink: int, recent: int, encoder: HashEncoder, k: Tensor, signatures: Tensor | None = None) -> None:
+        """signatures: those of `signature_cache`, which selectors by the same encoder may share; None makes them."""
+        super().__init__(sink, recent)
+        self.encoder, self.share = encoder, encoder.config.share
+        self.bytes_per_token = 4.0 * encoder.config.words * encoder.n_signature_head / k.shape[1]
+        self.register_buffer("signatures", signature_cache(encoder, k) if signatures is None else signatures, persistent=False)
+
+    @staticmethod
+    def fits(config: HashConfig) -> bool:
+        return True
+
+    def build(self, k: Tensor, row: int, length: int) -> None:
+        self.signatures[row, :, :length] = self.encoder.encode_keys(k[row:row + 1, :, :length])[0]
+
+    def forward(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        batch, newest = torch.arange(len(q), device=q.device), seq_lens.long() - 1
+        self.signatures[batch, :, newest] = self.encoder.encode_keys(k[batch, :, newest][:, :, None])[:, :, 0]
+        return self.select(self.planes(q), seq_lens, min(self.budget, k.shape[2]))
+
+    def planes(self, q: Tensor) -> Tensor:
+        """q [B, Hq, D] -> int32 [B, Hs, 1 + P, W]."""
+        return self.encoder.encode_queries(q)
+
+    def select(self, planes: Tensor, seq_lens: Tensor, K: int) -> Tensor:
+        return select_tokens(planes, self.signatures, seq_lens, K, self.sink, self.recent, shift=self.encoder.shift)
+
+
+class CalibratedHash(Hash):
+    """`Hash` with the budgets that its signatures were calibrated to give this layer's heads (budgets.py)."""
+
+    def __init__(self, sink: int, recent: int, encoder: HashEncoder, k: Tensor, about: dict, layer: int,
+                 dense_layers: int, signatures: Tensor | None = None) -> None:
+        super().__init__(sink, recent, encoder, k, signatures)
+        self.about, self.layer, self.dense_layers = about, layer, dense_layers
+        # by budget, as a captured step goes on reading its own: the heads' budgets, and the most of any layer
+        self.heads: dict[int, tuple[Tensor, int]] = {}
+
+    def set_budget(self, budget: int, context: int) -> None:
+        if budget not in self.heads:
+            layers = ((context,) * self.encoder.n_signature_head,) * (self.layer + 1)
+            if budget < context:
+                layers = budgets_for(self.about, budget, context, self.sink + self.recent, self.dense_layers)
+            heads = torch.tensor(layers[self.layer], dtype=torch.int32, device=self.signatures.device).clamp(max=context)
+            # as many slots in every layer, so that one compilation serves them all
+            self.heads[budget] = heads, max(map(max, layers[self.dense_layers:]))
+        self.now, self.budget = self.heads[budget]
+
+    def select(self, planes: Tensor, seq_lens: Tensor, K: int) -> Tensor:
+        return select_tokens(planes, self.signatures, seq_lens, self.now, self.sink, self.recent, K, self.encoder.shift)
+
+
+class HashBalanced(Hash):
+    """`Hash` whose query heads count alike: each one's codes are scaled to a largest of 1 before the group's sum."""
+    needs = "one signature per KV head (--share kv) and queries of more than one bit"
+
+    @staticmethod
+    def fits(config: HashConfig) -> bool:
+        return config.share == "kv" and config.query_bits > 1
+
+    def planes(self, q: Tensor) -> Tensor:
+        encoder = self.encoder
+        codes = encoder.query_codes(q.unsqueeze(2)).squeeze(2).unflatten(1, (encoder.n_signature_head, encoder.group))
+        codes = codes / codes.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)  # [B, Hs, G, b]
+        return weight_planes(query_weights(codes, encoder.config), encoder.config.planes(encoder.group))
+
+
+class HashNear(Hash):
+    """`Hash` whose tokens rank by the best bin within REACH tokens, so that numbers and names come whole."""
+
+    def select(self, planes: Tensor, seq_lens: Tensor, K: int) -> Tensor:
+        bins = score_bins(score_reference(planes, self.signatures), planes, self.encoder.shift).float()
+        return top_tokens(near_scores(bins, seq_lens, self.sink, self.recent), seq_lens, K, self.sink, self.recent)
+
+
+class HashSplit(Hash):
+    """`Hash` for each query head alone, with its part of the group's budget (`split_budget`)."""
+    needs = "one signature per query head (--share query)"
+
+    def __init__(self, sink: int, recent: int, encoder: HashEncoder, k: Tensor, signatures: Tensor | None = None) -> None:
+        super().__init__(sink, recent, encoder, k, signatures)
+        self.heads = encoder.n_signature_head // k.shape[1]  # that share a KV head's rows
+
+    @staticmethod
+    def fits(config: HashConfig) -> bool:
+        return config.share == "query"
+
+    def select(self, planes: Tensor, seq_lens: Tensor, K: int) -> Tensor:
+        return super().select(planes, seq_lens, split_budget(K, self.signatures.shape[2], self.heads, self.sink + self.recent))
+
+
+class HashTurns(Hash):
+    """A group's query heads score tokens alone and take turns to choose (`turn_scores`); each attends to all that were chosen.
+
+    A signature per KV head serves too: the query codes are the heads' own either way, and are not summed here.
+    """
+
+    def __init__(self, sink: int, recent: int, encoder: HashEncoder, k: Tensor, signatures: Tensor | None = None) -> None:
+        super().__init__(sink, recent, encoder, k, signatures)
+        self.share, self.kv_heads = "kv", k.shape[1]
+
+    def planes(self, q: Tensor) -> Tensor:
+        config = self.encoder.config
+        codes = self.encoder.query_codes(q.unsqueeze(2))  # [B, Hq, 1, b]
+        return weight_planes(query_weights(codes, config), config.planes(1))  # [B, Hq, 1 + P, W]
+
+    def select(self, planes: Tensor, seq_lens: Tensor, K: int) -> Tensor:
+        scores = score_reference(planes, self.signatures.repeat_interleave(self.encoder.group, dim=1))  # [B, Hq, S]
+        scores = scores.float().unflatten(1, (self.kv_heads, -1))
+        return top_tokens(turn_scores(scores, seq_lens, self.sink, self.recent), seq_lens, K, self.sink, self.recent)
+
+
+class Oracle(Selector):
+    """The tokens of the largest q.k, for each query head alone: no selection of that size catches more attention."""
+    share = "query"
+
+    def __init__(self, sink: int, recent: int, k: Tensor) -> None:
+        super().__init__(sink, recent)
+        self.bytes_per_token = 2.0 * k.shape[-1]
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        return dot_products(q, k).flatten(1, 2)
+
+
+class OracleGroup(Oracle):
+    """The tokens of the largest attention mass summed over a KV head's query heads: the best that one shared set can do."""
+    share = "kv"
+
+    def weights(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        """Each head's attention over all tokens, float32 [B, Hkv, G, S]."""
+        hidden = torch.arange(k.shape[2], device=k.device) >= seq_lens[:, None, None, None]
+        logits = dot_products(q, k) * q.shape[-1] ** -0.5
+        return logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        return self.weights(q, k, seq_lens).sum(dim=2)
+
+
+class OracleMax(OracleGroup):
+    """The tokens of the largest attention weight in any of a KV head's query heads: many heads of diffuse attention do not
+    outvote a sharp one."""
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        return self.weights(q, k, seq_lens).amax(dim=2)
+
+
+class OracleNear(OracleGroup):
+    """`OracleGroup` whose tokens rank by the best mass within REACH tokens."""
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        return near_scores(super().scores(q, k, seq_lens), seq_lens, self.sink, self.recent)
+
+
+class OracleSplit(Oracle):
+    """`Oracle` whose query heads share out the group's budget (`split_budget`)."""
+
+    def forward(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        budget = split_budget(self.budget, k.shape[2], q.shape[1] // k.shape[1], self.sink + self.recent)
+        return top_tokens(self.scores(q, k, seq_lens), seq_lens, budget, self.sink, self.recent)
+
+
+class OracleTurns(OracleGroup):
+    """The heads of a group take turns to choose by their own q.k (`turn_scores`); each attends to all that were chosen."""
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        return turn_scores(dot_products(q, k), seq_lens, self.sink, self.recent)
+
+
+class Streaming(Selector):
+    """Sink and the most recent tokens fill the budget (StreamingLLM, arXiv 2309.17453, section 3.2)."""
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        return torch.arange(k.shape[2], device=k.device, dtype=torch.float32).expand(k.shape[0], k.shape[1], -1)
+
+
+class Quest(Selector):
+    """Pages of 16 tokens, ranked by an upper bound of q.k from each channel's least and largest key (arXiv 2406.10774,
+    section 3.3). Each query head selects alone, as in the paper. The last page is cut where the budget ends."""
+    share = "query"
+
+    def __init__(self, sink: int, recent: int, k: Tensor) -> None:
+        super().__init__(sink, recent)
+        self.bytes_per_token = 2 * 2 * k.shape[-1] / PAGE
+        shape = (*k.shape[:2], -(-k.shape[2] // PAGE), k.shape[3])
+        self.register_buffer("low", torch.zeros(shape, dtype=k.dtype, device=k.device), persistent=False)
+        self.register_buffer("high", torch.zeros(shape, dtype=k.dtype, device=k.device), persistent=False)
+
+    def build(self, k: Tensor, row: int, length: int) -> None:
+        pages = -(-length // PAGE)
+        # the last page is filled up with the newest key, which moves no bound
+        at = torch.arange(pages * PAGE, device=k.device).clamp(max=length - 1)
+        keys = k[row][:, at].unflatten(1, (pages, PAGE))  # [Hkv, pages, PAGE, D]
+        self.low[row, :, :pages], self.high[row, :, :pages] = keys.amin(dim=2), keys.amax(dim=2)
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        batch, newest = torch.arange(len(q), device=q.device), seq_lens.long() - 1
+        page = newest // PAGE
+        at = torch.minimum(page[:, None] * PAGE + torch.arange(PAGE, device=q.device), newest[:, None])
+        keys = k[batch[:, None], :, at]  # [B, PAGE, Hkv, D]
+        self.low[batch, :, page], self.high[batch, :, page] = keys.amin(dim=1), keys.amax(dim=1)
+        # a channel's bound is q * high where q > 0 and q * low elsewhere
+        bound = dot_products(q.clamp(min=0), self.high) + dot_products(q.clamp(max=0), self.low)
+        return bound.flatten(1, 2).repeat_interleave(PAGE, dim=-1)[..., :k.shape[2]]
+
+
+class DoubleSparsity(Selector):
+    """q.k over a few label channels (arXiv 2408.07092, section 3): the D / 8 of the largest mean |q| |k|.
+
+    Each query head selects alone; the channels belong to the KV head, so that there is one label cache. The paper calibrates
+    them offline; here the prompt itself does it, which is kinder to the method. Labels are not quantised.
+    """
+    share = "query"
+
+    def __init__(self, sink: int, recent: int, k: Tensor, attention: Attention) -> None:
+        """attention: the layer's, whose `prefill` is made to tell this selector of its queries."""
+        super().__init__(sink, recent)
+        B, Hkv, S, D = k.shape
+        count = max(1, D // 8)
+        self.bytes_per_token = 2.0 * count
+        self.register_buffer("query_size", torch.zeros(B, Hkv, D, device=k.device), persistent=False)  # sum of |q|
+        self.register_buffer("channels", torch.zeros(B, Hkv, count, dtype=torch.int64, device=k.device), persistent=False)
+        self.register_buffer("labels", torch.zeros(B, Hkv, S, count, dtype=k.dtype, device=k.device), persistent=False)
+
+        def prefill(q: Tensor, k: Tensor, v: Tensor, row: int, start: int) -> Tensor:
+            size = q[0].abs().sum(dim=0, dtype=torch.float32).unflatten(0, (Hkv, -1)).sum(dim=1)
+            self.query_size[row] = size if start == 0 else self.query_size[row] + size
+            return Attention.prefill(attention, q, k, v, row, start)
+
+        attention.prefill = prefill
+
+    def build(self, k: Tensor, row: int, length: int) -> None:
+        size = k[row, :, :length].abs().sum(dim=1, dtype=torch.float32) * self.query_size[row]  # sums rank as means do
+        self.channels[row] = size.topk(self.channels.shape[-1], dim=-1).indices
+        channels = self.channels[row, :, None].expand(-1, length, -1)
+        self.labels[row, :, :length] = k[row, :, :length].gather(-1, channels)
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        batch, newest = torch.arange(len(q), device=q.device), seq_lens.long() - 1
+        self.labels[batch, :, newest] = k[batch, :, newest].gather(-1, self.channels)
+        channels = self.channels.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        return dot_products(q.gather(-1, channels), self.labels).flatten(1, 2)
+
+
+class Random(Selector):
+    """Tokens drawn by seed, anew at every step: what a budget is worth without a choice."""
+
+    def __init__(self, sink: int, recent: int, seed: int) -> None:
+        super().__init__(sink, recent)
+        self.seed = seed
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        # an integer hash of (seed, length, head, position): a generator's state would not survive a CUDA graph's replay
+        head = torch.arange(k.shape[1], device=k.device)[:, None]
+        x = torch.arange(k.shape[2], device=k.device) * 0x9E3779B1 + head * 0x85EBCA77
+        x = x + seq_lens.long()[:, None, None] * 0xC2B2AE3D + self.seed * 0x27D4EB2F
+        for _ in range(3):
+            x = ((x >> 16 ^ x) * 0x45D9F3B) & 0x7FFFFFFF
+        return (x >> 7).float()
+
+
+# --------------------------------------------------------------------------------------------------------------- methods
+
+@dataclass(frozen=True)
+class Method:
+    """One selector with what it was made of, as a line of a table: one Selector per layer, None where a layer is dense."""
+    selector: str
+    layers: list[Selector | None]
+    recipe: str | None = None
+    config: HashConfig | None = None
+
+    def about(self) -> dict:
+        """The fields of a results row that say which method it is."""
+        first = next((layer for layer in self.layers if layer is not None), None)
+        return {
+            "selector": self.selector, "recipe": self.recipe, "bits": self.config and self.config.bits,
+            "query_bits": self.config and self.config.query_bits,
+            "share": self.config.share if self.config else first and first.share,  # of signatures, where there are any
+            "bytes_per_token": first.bytes_per_token if first is not None else 0.0,
+        }
+
+    @property
+    def label(self) -> str:
+        return " ".join([self.selector, *([f"{self.recipe} {self.config.bits} bit"] if self.config else [])])
+
+
+def make_methods(names: list[str], model: Transformer, sink: int, recent: int, signatures: list[Path], lsh_bits: int,
+                 dense_layers: int, seed: int) -> list[Method]:
+    """The methods of these names over the model's present caches; those by hash once for each signatures file that fits."""
+    by_hash = {"hash": Hash, "hash_calibrated": CalibratedHash, "hash_balanced": HashBalanced, "hash_near": HashNear,
+               "hash_split": HashSplit, "hash_turns": HashTurns}
+    if by_hash.keys() & set(names) and not signatures:
+        raise UserError("--selector hash and those like it need --signatures FILE; train one with train_hash.py, or choose lsh")
+    caches = [layer.attention.cache.k for layer in model.layers]
+    dense = [None] * min(dense_layers, len(caches))
+    fingerprint = model.fingerprint()
+    plain = {"oracle": Oracle, "oracle_group": OracleGroup, "oracle_max": OracleMax, "oracle_near": OracleNear,
+             "oracle_split": OracleSplit, "oracle_turns": OracleTurns, "quest": Quest}
+    methods = []
+
+    @functools.cache
+    def read(path: Path) -> tuple[list[HashEncoder], list[Tensor], dict]:
+        """A file's encoders, their signature caches and its metadata, the same for all that select by it."""
+        encoders, about = load_signatures(path, fingerprint)
+        encoders = [encoder.to(k.device) for encoder, k in zip(encoders, caches, strict=True)]
+        return encoders, [signature_cache(encoder, k) for encoder, k in zip(encoders, caches, strict=True)], about
+
+    def add(name: str, layers: list[Selector], recipe: str | None = None, config: HashConfig | None = None) -> None:
+        methods.append(Method(name, dense + layers[len(dense):], recipe, config))
+
+    def add_hash(name: str) -> None:
+        kind, count = by_hash[name], len(methods)
+        for path in signatures:
+            encoders, caches_of_signatures, about = read(path)
+            if not kind.fits(encoders[0].config):
+                continue
+            layers = []
+            for i, (encoder, k, shared) in enumerate(zip(encoders, caches, caches_of_signatures, strict=True)):
+                more = (about, i, len(dense)) if kind is CalibratedHash else ()
+                layers.append(kind(sink, recent, encoder, k, *more, signatures=shared))
+            add(name, layers, about.get("recipe", "unknown"), encoders[0].config)
+        if len(methods) == count:
+            raise UserError(f"--selector {name} needs --signatures of {kind.needs}; train such a file with train_hash.py")
+
+    for name in dict.fromkeys(names):
+        if name == "dense":
+            methods.append(Method(name, [None] * len(caches)))
+        elif name in by_hash:
+            add_hash(name)
+        elif name == "lsh":
+            encoders = random_encoders(HashConfig(bits=lsh_bits), fingerprint, seed)
+            layers = [Hash(sink, recent, encoder.to(k.device), k) for encoder, k in zip(encoders, caches, strict=True)]
+            add(name, layers, "random", encoders[0].config)
+        elif name == "streaming":
+            add(name, [Streaming(sink, recent) for _ in caches])
+        elif name == "random":
+            add(name, [Random(sink, recent, seed * len(caches) + i) for i in range(len(caches))])
+        elif name == "double_sparsity":
+            add(name, [DoubleSparsity(sink, recent, layer.attention.cache.k, layer.attention) for layer in model.layers])
+        else:
+            add(name, [plain[name](sink, recent, k) for k in caches])
+    return methods

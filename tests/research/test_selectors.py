@@ -1,0 +1,417 @@
+"""Selectors: the budget is kept to the token, what must be in is in, the best is found, bounds are bounds."""
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hashfast.common import UserError
+from hashfast.hash_attention import HashConfig, score_bins, score_reference
+from hashfast.model import Attention, Fingerprint, KVCache, ModelArgs, Transformer
+from hashfast.research import selectors as token_selectors
+from hashfast.research.selectors import (
+    PAGE,
+    REACH,
+    CalibratedHash,
+    DoubleSparsity,
+    Hash,
+    HashBalanced,
+    HashNear,
+    HashSplit,
+    HashTurns,
+    Oracle,
+    OracleGroup,
+    OracleMax,
+    OracleNear,
+    OracleSplit,
+    OracleTurns,
+    Quest,
+    Random,
+    Selector,
+    Streaming,
+    dot_products,
+    make_methods,
+)
+from hashfast.runtime.signatures import load_signatures, random_encoders, save_signatures
+
+B, HQ, HKV, S, D = 2, 6, 2, 200, 32
+SINK, RECENT, BUDGET = 4, 10, 40
+ARGS = ModelArgs(1, HQ * D, HQ, HKV, D, 8, 10, 1e-5, 1e4)
+NAMES = ("hash", "hash_query", "hash_balanced", "hash_near", "hash_split", "hash_turns", "hash_turns_query", "oracle",
+         "oracle_group", "oracle_max", "oracle_near", "oracle_split", "oracle_turns", "streaming", "quest", "double_sparsity",
+         "random")
+BY_HASH = {"hash": Hash, "hash_query": Hash, "hash_balanced": HashBalanced, "hash_near": HashNear, "hash_split": HashSplit,
+           "hash_turns": HashTurns, "hash_turns_query": HashTurns}
+PLAIN = {"oracle": Oracle, "oracle_group": OracleGroup, "oracle_max": OracleMax, "oracle_near": OracleNear,
+         "oracle_split": OracleSplit, "oracle_turns": OracleTurns, "quest": Quest}
+SPLIT = SINK + RECENT + (BUDGET - SINK - RECENT) // (HQ // HKV)  # tokens of each head where a group's share the budget
+
+
+def tokens_of(name: str) -> int:
+    return SPLIT if name.endswith("split") else BUDGET
+
+
+def make(name: str, k: torch.Tensor) -> Selector:
+    if name.startswith("hash"):
+        config = HashConfig(share="query" if name in ("hash_query", "hash_split", "hash_turns_query") else "kv")
+        return BY_HASH[name](SINK, RECENT, random_encoders(config, Fingerprint(1, HQ, HKV, D, 1e4, 10))[0], k)
+    if name == "double_sparsity":
+        return DoubleSparsity(SINK, RECENT, k, Attention(ARGS))
+    if name in PLAIN:
+        return PLAIN[name](SINK, RECENT, k)
+    return Streaming(SINK, RECENT) if name == "streaming" else Random(SINK, RECENT, seed=3)
+
+
+@pytest.fixture
+def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q [B, Hq, D], k [B, Hkv, S, D] with NaN where nothing was written, seq_lens [B]."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(B, HQ, D, generator=generator), torch.randn(B, HKV, S, D, generator=generator)
+    lengths = torch.tensor([187, 187], dtype=torch.int32)
+    k[:, :, 187:] = float("nan")
+    return q, k, lengths
+
+
+def choose(name: str, q: torch.Tensor, k: torch.Tensor, lengths: torch.Tensor, budget: int = BUDGET) -> torch.Tensor:
+    """Build from all tokens but the last seven, then step through those."""
+    selector = make(name, k)
+    selector.budget = budget
+    start = int(lengths[0]) - 7
+    for row in range(B):
+        selector.build(k, row, start)
+    for length in range(start + 1, int(lengths[0]) + 1):
+        indices = selector(q, k, torch.full_like(lengths, length))
+    return indices
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_budget_sink_and_recent(name: str, tensors: tuple) -> None:
+    indices = choose(name, *tensors)
+    heads, count = HQ if make(name, tensors[1]).share == "query" else HKV, tokens_of(name)
+    assert indices.dtype == torch.int32 and indices.shape == (B, heads, count)
+    for row in indices.flatten(0, 1).tolist():
+        assert len(set(row)) == count and set(row) >= {*range(SINK), *range(187 - RECENT, 187)}
+        assert min(row) >= 0 and max(row) < 187
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_tokens_within_the_budget(name: str, tensors: tuple) -> None:
+    for row in choose(name, *tensors, budget=S).flatten(0, 1).tolist():
+        assert sorted(row) == [-1] * (S - 187) + list(range(187))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sequences_of_different_lengths_are_chosen_for_alone(name: str, tensors: tuple) -> None:
+    q, k, _ = tensors
+    starts, lengths = (150, 97), torch.tensor([157, 104], dtype=torch.int32)
+    together = make(name, k)
+    together.budget = BUDGET
+    for row in (0, 1, 1, 0):  # built again, as for a next batch
+        together.build(k, row, starts[row])
+    for back in range(6, -1, -1):
+        found = together(q, k, lengths - back)
+    for row in range(B):
+        alone = make(name, k[row:row + 1])
+        alone.budget = BUDGET
+        alone.build(k[row:row + 1], 0, starts[row])
+        for back in range(6, -1, -1):
+            wanted = alone(q[row:row + 1], k[row:row + 1], lengths[row:row + 1] - back)
+        assert torch.equal(found[row].sort().values, wanted[0].sort().values)
+
+
+class Devices(TorchDispatchMode):
+    """Notes which devices the tensors of every operation are on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        parts = [*args, *(part for arg in args if isinstance(arg, list | tuple) for part in arg), result]
+        self.seen |= {part.device.type for part in parts if isinstance(part, torch.Tensor)}
+        return result
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_leaves_the_device_at_no_point(name: str) -> None:
+    """The meta device has no values: what a CUDA graph could not capture (reading one, a shape that depends on one, a tensor
+    of the host) fails here too."""
+    k = torch.zeros(B, HKV, S, D, device="meta")
+    selector = make(name, torch.zeros(B, HKV, S, D)).to("meta")
+    if name.startswith("hash"):
+        selector.encoder.to("meta")
+    selector.budget = BUDGET
+    with Devices() as devices, torch.no_grad():
+        indices = selector(torch.zeros(B, HQ, D, device="meta"), k, torch.zeros(B, dtype=torch.int32, device="meta"))
+    assert devices.seen == {"meta"} and indices.shape[-1] == tokens_of(name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_captured_step_chooses_what_the_cpu_does(name: str, tensors: tuple) -> None:
+    """In bfloat16, in sequences of different lengths; at another length the graph chooses anew."""
+    q, k, lengths = tensors[0].bfloat16(), tensors[1].bfloat16(), torch.tensor([157, 104], dtype=torch.int32)
+    found = {}
+    for device in ("cpu", "cuda"):
+        selector = make(name, k).to(device)
+        if name.startswith("hash"):
+            selector.encoder.to(device)
+        selector.budget = BUDGET
+        if name == "double_sparsity":  # no prefill has told it of queries, and channels of equal size come in any order
+            selector.query_size += 1 + torch.arange(D, device=device)
+        queries, keys, seq_lens = q.to(device), k.to(device), lengths.to(device)
+        for row in range(B):
+            selector.build(keys, row, 90)
+        for _ in range(2):  # on a GPU compiles what there is to compile
+            found[device] = selector(queries, keys, seq_lens)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = selector(queries, keys, seq_lens)
+    seq_lens -= 3
+    graph.replay()
+    shorter = captured.clone()
+    seq_lens += 3
+    graph.replay()
+    # the tokens of a page have one bound, and which of the last page's are taken is open
+    unit = PAGE if name == "quest" else 1
+    assert torch.equal((captured.cpu() // unit).sort().values, (found["cpu"] // unit).sort().values)
+    assert not torch.equal(shorter.sort().values, captured.sort().values)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_building_at_the_end_is_stepping_there(name: str, tensors: tuple) -> None:
+    q, k, lengths = tensors
+    if name == "double_sparsity":
+        pytest.skip("its channels are calibrated by the prompt")
+    selector = make(name, k)
+    selector.budget = BUDGET
+    for row in range(B):
+        selector.build(k, row, 187)
+    assert torch.equal(selector(q, k, lengths).sort().values, choose(name, q, k, lengths).sort().values)
+
+
+def test_oracle_takes_the_largest_products(tensors: tuple) -> None:
+    q, k, lengths = tensors
+    products = dot_products(q, k).flatten(1, 2)[..., SINK:187 - RECENT]
+    wanted = products.topk(BUDGET - SINK - RECENT).indices + SINK
+    indices = choose("oracle", *tensors)
+    for b in range(B):
+        for h in range(HQ):
+            assert set(wanted[b, h].tolist()) <= set(indices[b, h].tolist())
+
+
+@pytest.mark.parametrize("name, of_group", [("oracle_group", torch.sum), ("oracle_max", torch.amax)])
+def test_group_oracles_take_the_largest_weights(name: str, of_group: Callable, tensors: tuple) -> None:
+    q, k, lengths = tensors
+    weights = of_group((dot_products(q, k)[..., :187] * D ** -0.5).softmax(dim=-1), dim=2)[..., SINK:187 - RECENT]
+    wanted = weights.topk(BUDGET - SINK - RECENT).indices + SINK
+    indices = choose(name, *tensors)
+    for b in range(B):
+        for h in range(HKV):
+            assert set(wanted[b, h].tolist()) <= set(indices[b, h].tolist())
+
+
+def test_the_largest_weight_of_any_head_is_another_choice(tensors: tuple) -> None:
+    assert not torch.equal(choose("oracle_max", *tensors).sort().values, choose("oracle_group", *tensors).sort().values)
+
+
+@pytest.mark.parametrize("name, whole", [("oracle_split", "oracle"), ("hash_split", "hash_query")])
+def test_split_heads_choose_alone_and_read_no_more_than_a_group(name: str, whole: str, tensors: tuple) -> None:
+    indices = choose(name, *tensors)
+    assert torch.equal(indices.sort().values, choose(whole, *tensors, budget=SPLIT).sort().values)
+    for group in indices.unflatten(1, (HKV, -1)).flatten(0, 1).tolist():
+        assert len(set().union(*group)) <= BUDGET
+
+
+def ranked(name: str, selector: Selector, tensors: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens outside of sink and recent, the best first and of equals the earlier first; and all scores."""
+    q, k, lengths = tensors
+    if isinstance(selector, Hash):
+        planes = selector.planes(q)
+        signatures = selector.signatures.repeat_interleave(planes.shape[1] // selector.signatures.shape[1], dim=1)
+        scores = score_reference(planes, signatures)
+        scores = score_bins(scores, planes, selector.encoder.shift) if name == "hash_near" else scores
+    else:
+        scores = OracleGroup.scores(selector, q, k, lengths) if name == "oracle_near" else dot_products(q, k).flatten(1, 2)
+    return scores[..., SINK:187 - RECENT].argsort(dim=-1, descending=True, stable=True) + SINK, scores
+
+
+@pytest.mark.parametrize("name", ["hash_near", "oracle_near"])
+def test_near_takes_whole_stretches_around_the_best(name: str, tensors: tuple) -> None:
+    q, k, lengths = tensors
+    selector = make(name, k)
+    selector.budget = BUDGET
+    for row in range(B):
+        selector.build(k, row, 187)
+    indices = selector(q, k, lengths)
+    best, scores = ranked(name, selector, tensors)
+    for b in range(B):
+        for h in range(HKV):
+            row, middle = scores[b, h].tolist(), range(SINK, 187 - RECENT)
+            near = {t: max(row[u] for u in range(t - REACH, t + REACH + 1) if u in middle) for t in middle}
+            wanted = sorted(middle, key=lambda t, near=near: (-near[t], t))[:BUDGET - SINK - RECENT]
+            assert set(wanted) == set(indices[b, h].tolist()) & set(middle)
+            first = best[b, h, 0].item()
+            assert {t for t in range(first - REACH, first + REACH + 1) if t in middle} <= set(wanted)
+
+
+@pytest.mark.parametrize("name", ["hash_turns", "hash_turns_query", "oracle_turns"])
+def test_heads_take_turns(name: str, tensors: tuple) -> None:
+    q, k, lengths = tensors
+    selector = make(name, k)
+    selector.budget = BUDGET
+    for row in range(B):
+        selector.build(k, row, 187)
+    indices = selector(q, k, lengths)
+    best = ranked(name, selector, tensors)[0].unflatten(1, (HKV, -1))  # [B, Hkv, G, tokens]
+    for b in range(B):
+        for h in range(HKV):
+            taken: list[int] = []
+            for token in best[b, h].T.flatten().tolist():  # every head's first, then every head's second
+                if token not in taken and len(taken) < BUDGET - SINK - RECENT:
+                    taken.append(token)
+            assert set(taken) == set(indices[b, h].tolist()) & set(range(SINK, 187 - RECENT))
+
+
+def test_balanced_heads_count_alike(tensors: tuple) -> None:
+    """However large one head's codes are: `hash` then follows that head alone."""
+    q, k, _ = tensors
+    loud = q.clone()
+    loud[:, 0] *= 1024
+    balanced, plain = make("hash_balanced", k), make("hash", k)
+    assert torch.equal(balanced.planes(loud), balanced.planes(q)) and not torch.equal(plain.planes(loud), plain.planes(q))
+
+
+def test_streaming_takes_the_newest(tensors: tuple) -> None:
+    wanted = [*range(SINK), *range(187 - BUDGET + SINK, 187)]
+    assert (choose("streaming", *tensors).sort().values == torch.tensor(wanted)).all()
+
+
+def test_quest_bounds_the_products(tensors: tuple) -> None:
+    q, k, lengths = tensors
+    selector = make("quest", k)
+    for row in range(B):
+        selector.build(k, row, 180)
+    for length in range(181, 188):
+        bound = selector.scores(q, k, torch.full_like(lengths, length))
+    products = dot_products(q, k).flatten(1, 2)
+    assert (bound[..., :187] >= products[..., :187] - 1e-5).all()
+    pages = bound[..., :187 // PAGE * PAGE].unflatten(-1, (-1, PAGE))
+    assert (pages == pages[..., :1]).all() and not torch.isinf(pages).any()
+
+
+def test_double_sparsity_is_exact_where_its_channels_are_all_that_count(tensors: tuple) -> None:
+    q, k, lengths = tensors
+    q, channels = q.clone(), torch.tensor([3, 8, 17, 30])  # D / 8
+    q[..., [c for c in range(D) if c not in channels]] = 0
+    selector = make("double_sparsity", k)
+    for row in range(B):
+        selector.query_size[row] = q[row].abs().unflatten(0, (HKV, -1)).sum(dim=1)
+        selector.build(k, row, 187)
+    assert (selector.channels.sort().values == channels).all()
+    torch.testing.assert_close(selector.scores(q, k, lengths)[..., :187], dot_products(q, k).flatten(1, 2)[..., :187])
+
+
+def test_double_sparsity_is_told_of_the_prompts_queries() -> None:
+    generator = torch.Generator().manual_seed(1)
+    attention = Attention(ARGS)
+    attention.cache = KVCache(B, S, ARGS, None, torch.device("cpu"), torch.float32)
+    selector = DoubleSparsity(SINK, RECENT, attention.cache.k, attention)
+    q, k = torch.randn(2, 90, HQ, D, generator=generator), torch.randn(2, HKV, 90, D, generator=generator)
+    for prompt in (0, 1):  # the second one replaces the first
+        for start, end in ((0, 64), (64, 90)):
+            part = (q[prompt:prompt + 1, start:end], *[k[prompt:prompt + 1, :, start:end]] * 2, 1, start)
+            assert torch.equal(attention.prefill(*part), Attention.prefill(attention, *part))
+    torch.testing.assert_close(selector.query_size[1], q[1].abs().sum(dim=0).unflatten(0, (HKV, -1)).sum(dim=1))
+    assert not selector.query_size[0].any()
+
+
+def test_random_depends_on_the_seed_and_the_step(tensors: tuple) -> None:
+    q, k, lengths = tensors
+    sets = []
+    for seed, length in ((0, 187), (0, 187), (1, 187), (0, 186)):
+        selector = Random(SINK, RECENT, seed)
+        selector.budget = BUDGET
+        sets.append(selector(q, k, torch.full_like(lengths, length)).sort().values)
+    assert torch.equal(sets[0], sets[1]) and not torch.equal(sets[0], sets[2]) and not torch.equal(sets[0], sets[3])
+    assert not torch.equal(sets[0][:, 0], sets[0][:, 1])
+    counts = torch.zeros(S)
+    for seed in range(300):
+        selector = Random(SINK, RECENT, seed)
+        selector.budget = BUDGET
+        counts.scatter_add_(0, selector(q, k, lengths)[0, 0].long(), torch.ones(BUDGET))
+    middle = counts[SINK:187 - RECENT] / 300
+    assert middle.mean().item() == pytest.approx((BUDGET - SINK - RECENT) / (187 - SINK - RECENT)) and middle.std() < 0.05
+
+
+def test_bytes_per_token() -> None:
+    k = torch.zeros(1, HKV, 32, D)
+    wanted = {name: 2 * D if name.startswith("oracle") else 4 for name in NAMES}
+    wanted |= dict.fromkeys(("hash_query", "hash_split", "hash_turns_query"), 4 * HQ / HKV)
+    wanted |= {"streaming": 0, "quest": D / 4, "double_sparsity": D / 4, "random": 0}
+    assert {name: make(name, k).bytes_per_token for name in NAMES} == wanted
+
+
+def test_calibrated_budgets_are_spread_over_layers_and_heads(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    """The mean over layers and heads is the budget, and a head's tokens are the best of its own number."""
+    q, k, lengths = tensors
+    budget, about = SINK + RECENT + 3 * 64, {"budgets": {"2": [[0.0, 2.0], [1.5, 0.5]]}}
+    encoder = random_encoders(HashConfig(), Fingerprint(1, HQ, HKV, D, 1e4, 10))[0]
+    counts = []
+    for layer in range(2):
+        selector = CalibratedHash(SINK, RECENT, encoder, torch.zeros(B, HKV, 1000, D), about, layer, 0)
+        selector.set_budget(budget, 1000)
+        keys = torch.randn(B, HKV, 1000, D, generator=torch.Generator().manual_seed(layer))
+        for row in range(B):
+            selector.build(keys, row, 999)
+        indices = selector(q, keys, torch.full_like(lengths, 1000))  # [B, Hs, K]
+        assert indices.shape[2] == SINK + RECENT + 64 * 5  # of the head with the most, whichever layer it is in
+        counts.append((indices >= 0).sum(dim=-1))
+        even = Hash(SINK, RECENT, encoder, keys)
+        for head in range(HKV):
+            even.signatures.copy_(selector.signatures)
+            even.set_budget(int(counts[-1][0, head]), 1000)
+            alone = even(q, keys, torch.full_like(lengths, 1000))[:, head].sort().values
+            chosen = indices[:, head].sort(descending=True).values[:, :alone.shape[1]].sort().values
+            assert torch.equal(alone, chosen)
+    counts = torch.stack(counts)  # [2, B, Hs]
+    assert (counts.float().mean(dim=(0, 2)) == budget).all() and counts.unique().numel() == 4
+
+
+def files_for(model: Transformer, folder: Path) -> dict[str, Path]:
+    files = {}
+    for share in ("kv", "query"):
+        files[share] = folder / f"{share}.safetensors"
+        config = HashConfig(share=share)
+        save_signatures(files[share], random_encoders(config, model.fingerprint()), model.fingerprint(), {"recipe": share})
+    return files
+
+
+def test_files_are_read_once_and_selectors_share_their_signatures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Transformer(replace(ARGS, n_layer=2))
+    model.setup_caches(1, 64)
+    files, read = files_for(model, tmp_path), []
+    monkeypatch.setattr(token_selectors, "load_signatures", lambda path, like: read.append(path) or load_signatures(path, like))
+    names = ["hash", "hash_balanced", "hash_near", "hash_split", "hash_turns"]
+    methods = make_methods(names, model, SINK, RECENT, list(files.values()), 128, 0, 0)
+    assert read == list(files.values())
+    assert [(method.selector, method.recipe) for method in methods] == [
+        ("hash", "kv"), ("hash", "query"), ("hash_balanced", "kv"), ("hash_near", "kv"), ("hash_near", "query"),
+        ("hash_split", "query"), ("hash_turns", "kv"), ("hash_turns", "query")]
+    for share in files:
+        assert len({method.layers[0].signatures.data_ptr() for method in methods if method.recipe == share}) == 1
+    assert methods[0].layers[0].signatures.data_ptr() != methods[0].layers[1].signatures.data_ptr()
+
+
+@pytest.mark.parametrize("name, share, words", [
+    ("hash_split", "kv", "--selector hash_split needs --signatures of one signature per query head"),
+    ("hash_balanced", "query", "--selector hash_balanced needs --signatures of one signature per KV head")])
+def test_files_that_do_not_fit_a_selector(name: str, share: str, words: str, tmp_path: Path) -> None:
+    model = Transformer(ARGS)
+    model.setup_caches(1, 64)
+    with pytest.raises(UserError, match=words):
+        make_methods([name], model, SINK, RECENT, [files_for(model, tmp_path)[share]], 128, 0, 0)

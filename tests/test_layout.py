@@ -1,0 +1,85 @@
+"""The import rule: who may import whom, by which name, and what must not be needed to import anything."""
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOUR = ("model", "hash_attention", "generate", "train_hash")  # at the top, with links in the package
+
+# A module imports those of lower layers, and others of its own layer as long as that makes no circle.
+LAYERS = ({"hashfast", "hashfast.common", "hashfast.kernels"}, {"hashfast.ops", "hashfast.hash_attention"}, {"hashfast.model"},
+          {"hashfast.runtime"}, {"hashfast.research"},
+          {"hashfast.integrations", "hashfast.commands", "hashfast.generate", "hashfast.train_hash"}, {"hashfast.__main__"})
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("hashfast", *parts) if parts[0] != "hashfast" else parts).removesuffix(".__init__")
+
+
+FILES = {module_name(path): path
+         for path in [*(ROOT / f"{name}.py" for name in FOUR), *(ROOT / "hashfast").rglob("*.py")] if not path.is_symlink()}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+TESTS = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("*.py")}
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Every module that is imported, at the top or inside a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in FILES else node.module
+
+
+def layer(name: str) -> int:
+    """Commands are loaded by name, by __main__ alone."""
+    return next(i for i, names in enumerate(LAYERS) for each in names if name == each or name.startswith(f"{each}.")
+                and each != "hashfast")
+
+
+OURS = {name: {other for other in imported(tree) if other.split(".")[0] == "hashfast"} for name, tree in TREES.items()}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_layers(name: str) -> None:
+    for other in OURS[name]:
+        assert other in FILES, f"{name} imports {other}, which is not there"
+        assert layer(other) <= layer(name), f"{name} imports {other}, of a higher layer"
+        if name.startswith("hashfast.kernels"):
+            assert other.startswith("hashfast.kernels"), f"{name}, a kernel, imports {other}"
+        if layer(name) == 5:
+            assert layer(other) < 5, f"the command {name} imports the command {other}"
+
+
+def test_no_circles() -> None:
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for other in OURS[name]:
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in FILES:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", [*FILES.values(), *TESTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_one_module_one_name(path: Path) -> None:
+    """A bare `import model` would be a second module of the same file."""
+    tree = TESTS.get(path) or ast.parse(path.read_text(encoding="utf-8"))
+    assert not {name.split(".")[0] for name in imported(tree)} & {*FOUR}
+
+
+def test_links() -> None:
+    for name in FOUR:
+        link = ROOT / "hashfast" / f"{name}.py"
+        assert link.is_symlink() and link.resolve() == ROOT / f"{name}.py"
+    assert (ROOT / "hashfast" / "weights").resolve() == ROOT / "weights"
