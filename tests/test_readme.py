@@ -1,4 +1,4 @@
-"""README holds what it says: its tables are the results', its commands parse, its files are there, its example runs."""
+"""README and CONTRIBUTING: tables are the results', commands parse, files are there, the tree is whole, the example runs."""
 import importlib
 import json
 import os
@@ -88,6 +88,21 @@ def test_results_are_cited() -> None:
         assert {"gpu", "torch", "triton", "commit", "command", "rows"} <= about.keys()
 
 
+def test_the_tree() -> None:
+    """What README's tree names is there, and all files at the top and of kernels, and all folders of the package, are named."""
+    tree = README.split("## The tree")[1].split("```")[1].strip("\n")
+    named, path = set(), []
+    for line in tree.splitlines():
+        path = [*path[:(len(line) - len(line.lstrip())) // 2], line.split()[0]]
+        named.add("".join(path))
+        assert (ROOT / "".join(path)).exists(), f"README's tree names {''.join(path)}"
+    package = ROOT / "hashfast"
+    there = {f"{file.name}" for file in ROOT.glob("*.py")} | {f"hashfast/kernels/{file.name}"
+                                                             for file in (package / "kernels").glob("[a-z]*.py")}
+    there |= {f"hashfast/{file.parent.name}/" for file in package.glob("*/__init__.py")}
+    assert there <= named, f"README's tree leaves out {there - named}"
+
+
 def test_figures_have_a_source() -> None:
     """Outside of generated tables and code only versions are figures."""
     text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", " ", MARKED.sub("", README), flags=re.DOTALL)
@@ -126,15 +141,15 @@ def test_commands(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_example_runs(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                           capsys: pytest.CaptureFixture) -> None:
-    """The selector of "Change it", as it stands there, on a tiny model: it is what decodes, and it chooses what it says."""
-    (code,) = blocks(README, "python")
+    """The selector of CONTRIBUTING, as it stands there, on a tiny model: it is what decodes, and it chooses what it says."""
+    (code,) = blocks(PAGES["CONTRIBUTING.md"], "python")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "smollm2-135m-instruct").symlink_to(tiny_checkpoint)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "alice29.txt").write_text("Alice was beginning to get very tired. " * 40)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "CONTRIBUTING.md", "exec"), names)
     assert capsys.readouterr().out.strip()
 
     attention, length = names["model"].layers[0].attention, len(names["ids"]) + 23
