@@ -10,8 +10,8 @@ Sources: HashAttention (arXiv 2412.14468): learned signatures, one MLP per query
 linear encoders and summed Hamming distance over a group. What goes past them: one signature per KV head for all queries of
 its group, and a query of several bits, so that a bit counts as much as the query is sure of it.
 
-Every public function has a plain-PyTorch twin `*_reference`, which is the definition. On a GPU the Triton kernels of
-encode_kernels.py, hash_kernels.py, sparse_kernels.py and attention_kernels.py run instead; on a CPU the reference itself runs.
+Every public function has a plain-PyTorch twin `*_reference`, which is the definition. On a GPU Triton kernels
+(hashfast/kernels) run instead; on a CPU the reference itself runs.
 
 Symbols: B batch, S cache length, N current length (`seq_lens`, int32 [B], the newest token included), Hq query heads, Hkv
 key/value heads, G = Hq / Hkv, D head_dim, b signature bits, W = b / 32 words, Hs signature heads, P magnitude planes,
@@ -223,10 +223,8 @@ def select_tokens_reference(planes: Tensor, signatures: Tensor, seq_lens: Tensor
     budget: tokens per signature head, an int or int32 [Hs] on the device, each at least sink + recent and at most K.
     K: slots in the result; the int budget where not given.  shift: `HashEncoder.shift`.
     """
-    K = _slots(budget, K)
     S = signatures.shape[2]
-    if not isinstance(budget, Tensor) and budget < min(sink + recent, S):
-        raise ValueError(f"the budget of {budget} tokens is under sink {sink} plus recent {recent}")
+    K = _slots(budget, K, S, sink, recent)
     position = torch.arange(S, dtype=torch.int32, device=signatures.device)
     length = seq_lens[:, None, None]  # [B, 1, 1]
     bins = score_bins(score_reference(planes, signatures), planes, shift)
@@ -242,12 +240,15 @@ def select_tokens_reference(planes: Tensor, signatures: Tensor, seq_lens: Tensor
     return F.pad(indices, (0, K - min(K, S)), value=-1)
 
 
-def _slots(budget: int | Tensor, K: int | None) -> int:
-    if K is None:
-        if isinstance(budget, Tensor):
+def _slots(budget: int | Tensor, K: int | None, S: int, sink: int, recent: int) -> int:
+    """K, by default the int budget, which is checked; the values of a tensor are on the device, where nothing checks them."""
+    if isinstance(budget, Tensor):
+        if K is None:
             raise ValueError("K is required where budget is a tensor")
-        return budget
-    return K
+        return K
+    if budget < min(sink + recent, S):
+        raise ValueError(f"the budget of {budget} tokens is under sink {sink} plus recent {recent}")
+    return budget if K is None else K
 
 
 # ---------------------------------------------------------------------------------------------------------------- attend
@@ -346,38 +347,46 @@ def rope_encode_append_reference(qkv: Tensor, cos: Tensor, sin: Tensor, encoder:
 def rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, encoder: HashEncoder | None, k_cache: Tensor, v_cache: Tensor,
                        signatures: Tensor | None, seq_lens: Tensor) -> tuple[Tensor, Tensor | None]:
     """`rope_encode_append_reference`, by one Triton kernel where the tensors are on a GPU and the encoder is linear."""
-    if qkv.is_cuda and (encoder is None or encoder.config.depth == 1):
-        from hashfast.kernels import encode as encode_kernels
-        return encode_kernels.rope_encode_append(qkv, cos, sin, encoder, k_cache, v_cache, signatures, seq_lens)
-    return rope_encode_append_reference(qkv, cos, sin, encoder, k_cache, v_cache, signatures, seq_lens)
+    if not qkv.is_cuda or encoder is not None and encoder.config.depth > 1:
+        return rope_encode_append_reference(qkv, cos, sin, encoder, k_cache, v_cache, signatures, seq_lens)
+    from hashfast.kernels import encode
+    if encoder is None:
+        return encode.rope_encode_append(qkv, cos, sin, None, None, None, None, k_cache, v_cache, None, seq_lens, 0, 0)[0], None
+    (key,), (query,) = encoder.key, encoder.query
+    q, planes = encode.rope_encode_append(qkv, cos, sin, key.weight, key.bias, query.weight, query.bias, k_cache, v_cache,
+                                          signatures, seq_lens, encoder.config.query_bits, encoder.config.planes(encoder.group))
+    return q, planes if qkv.shape[1] == 1 else None
 
 
 def select_tokens(planes: Tensor, signatures: Tensor, seq_lens: Tensor, budget: int | Tensor, sink: int, recent: int,
                   K: int | None = None, shift: int = 0, caches: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """`select_tokens_reference`, by the Triton kernels where the tensors are on a GPU.
+    """`select_tokens_reference`, by two Triton kernels where the tensors are on a GPU.
 
-    caches: the keys and values that attention reads next. Selection then asks the L2 cache for the rows of the first and last
-    tokens and, where they are few, the keys of the selected ones.
+    caches: keys and values [B, Hkv, S, D] that attention reads next. The second kernel prefetches into L2 the rows of the first
+    and last tokens and, where they are few, the keys of the selected ones; the result does not depend on it.
     """
-    if signatures.is_cuda:
-        from hashfast.kernels import select as hash_kernels
-        return hash_kernels.select_tokens(planes, signatures, seq_lens, budget, sink, recent, _slots(budget, K), shift, caches)
-    return select_tokens_reference(planes, signatures, seq_lens, budget, sink, recent, K, shift)
+    if not signatures.is_cuda:
+        return select_tokens_reference(planes, signatures, seq_lens, budget, sink, recent, K, shift)
+    from hashfast.kernels import select
+    K = _slots(budget, K, signatures.shape[2], sink, recent)
+    budget, budgets = (K, budget) if isinstance(budget, Tensor) else (budget, None)
+    keys, values = caches or (None, None)
+    return select.select_tokens(planes, signatures, seq_lens, budget, budgets, K, sink, recent, shift, keys, values)
 
 
 def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor,
                      scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """`sparse_attention_reference`, by the Triton kernel where the tensors are on a GPU."""
-    if q.is_cuda:
-        from hashfast.kernels import sparse_attention as sparse_kernels
-        return sparse_kernels.sparse_attention(q, k_cache, v_cache, indices, scale)
-    return sparse_attention_reference(q, k_cache, v_cache, indices, scale)
+    """`sparse_attention_reference`, by Triton kernels where the tensors are on a GPU."""
+    if not q.is_cuda:
+        return sparse_attention_reference(q, k_cache, v_cache, indices, scale)
+    from hashfast.kernels import sparse_attention as kernels
+    return kernels.sparse_attention(q, k_cache, v_cache, indices, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def dense_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor,
                     scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """`dense_attention_reference`, by the Triton kernel where the tensors are on a GPU."""
-    if q.is_cuda:
-        from hashfast.kernels import dense_attention as attention_kernels
-        return attention_kernels.dense_attention(q, k_cache, v_cache, seq_lens, scale)
-    return dense_attention_reference(q, k_cache, v_cache, seq_lens, scale)
+    """`dense_attention_reference`, by Triton kernels where the tensors are on a GPU."""
+    if not q.is_cuda:
+        return dense_attention_reference(q, k_cache, v_cache, seq_lens, scale)
+    from hashfast.kernels import dense_attention as kernels
+    return kernels.dense_attention(q, k_cache, v_cache, seq_lens, q.shape[-1] ** -0.5 if scale is None else scale)

@@ -33,7 +33,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hashfast.common import ROOT, Parser, UserError, atomic_path, check_writable, command_line, environment
-from hashfast.hash_attention import HashConfig, HashEncoder, dense_attention, rope_encode_append, sparse_attention
+from hashfast.hash_attention import (
+    HashConfig,
+    HashEncoder,
+    dense_attention,
+    rope_encode_append,
+    select_tokens,
+    sparse_attention,
+)
 from hashfast.model import Fingerprint, SparseSettings, Transformer
 from hashfast.ops.quant_linear import Quantization
 from hashfast.research.report import compare, plot, print_table, report
@@ -138,7 +145,8 @@ def dense_peers(q: Tensor, caches: list[tuple[Tensor, Tensor]], seq_lens: Tensor
 
 def bench_attention(case: str, mode: str, heads: tuple[int, int, int], bandwidth: float, with_dense: bool) -> dict:
     """One row: every stage of hash attention for one layer and, with_dense, the dense peers on the same caches."""
-    from hashfast.kernels import select as hash_kernels
+    from hashfast.kernels.score import Selection, blocks_per_row, launch_score
+    from hashfast.kernels.select import launch_compact
     batch, context, sparsity = map(int, case.split("x"))
     Hq, Hkv, D = heads
     config = MODES[mode]
@@ -159,15 +167,14 @@ def bench_attention(case: str, mode: str, heads: tuple[int, int, int], bandwidth
     planes = encoder.encode_queries(q)
     # linear encoders have a kernel of their own; deeper ones are what Inductor makes of the reference
     encode = rope_encode_append if config.depth == 1 else torch.compile(rope_encode_append, dynamic=False)
-    limits = (None, budget, budget, SINK, RECENT)
-    n_blocks = hash_kernels._blocks_per_row(batch * encoder.n_signature_head, context, RECENT)
+    selection = Selection(budget, None, budget, SINK, RECENT, encoder.shift)
+    n_blocks = blocks_per_row(batch * encoder.n_signature_head, context, RECENT)
 
     def score(i: int) -> tuple[Tensor, Tensor]:
-        return hash_kernels._launch_score(planes, signatures[i], seq_lens, limits, encoder.shift, n_blocks)
+        return launch_score(planes, signatures[i], seq_lens, selection, n_blocks)
 
     def select(i: int) -> Tensor:
-        return hash_kernels.select_tokens(planes, signatures[i], seq_lens, budget, SINK, RECENT, budget, encoder.shift,
-                                          caches[i])
+        return select_tokens(planes, signatures[i], seq_lens, budget, SINK, RECENT, budget, encoder.shift, caches[i])
 
     scored = score(0)
     indices = [select(i) for i in range(copies)]
@@ -177,17 +184,23 @@ def bench_attention(case: str, mode: str, heads: tuple[int, int, int], bandwidth
     def timed(step: Callable[[int], object], count: int = count) -> float:
         return time_graph(lambda i: step(i % copies), count)
 
+    def stages(prefix: str, total: str) -> dict[str, float]:
+        return {f"{prefix}score_us": timed(score),
+                f"{prefix}select_us": timed(lambda i: launch_compact(*scored, seq_lens, selection, n_blocks, caches[i])),
+                f"{prefix}attend_us": timed(lambda i: sparse_attention(q, *caches[i], indices[i])),
+                total: timed(lambda i: sparse_attention(q, *caches[i], select(i)))}
+
     row = {
         "batch": batch, "context": context, "sparsity": sparsity, "n_head": Hq, "n_kv_head": Hkv, "head_dim": D, "mode": mode,
         "encode_us": timed(lambda i: encode(qkv, cos, sin, encoders[i], *caches[i], signatures[i], seq_lens)),
-        "score_us": timed(score),
-        "select_us": timed(lambda i: hash_kernels._launch_compact(*scored, seq_lens, limits, encoder.n_signature_head,
-                                                                  *caches[i], n_blocks)),
-        "attend_us": timed(lambda i: sparse_attention(q, *caches[i], indices[i])),
-        "total_us": timed(lambda i: sparse_attention(q, *caches[i], select(i))),
+        **stages("", "total_us"),
         "topk_us": timed(lambda i: half_scores.topk(budget, dim=-1, sorted=False)),
         "floor_us": sparse_bytes / bandwidth, "floor_dense_us": dense_bytes / bandwidth, "copy_gb_s": bandwidth / 1000,
     }
+    if mode == "default":
+        os.environ["HASHFAST_PORTABLE"] = "1"
+        row |= stages("portable_", "portable_us")
+        del os.environ["HASHFAST_PORTABLE"]
     if with_dense:
         dense = {}
         for name, step in dense_peers(q, caches, seq_lens).items():

@@ -4,21 +4,20 @@ dense_attention    split-K flash attention over the whole prefix, combine     on
 chunk_attention    flash attention of a prompt chunk                          one kernel
 merge              attention over two sets of tokens into one                 one kernel
 
-Custom ops, as those of hash_kernels.py, which says what that is good for. sparse_kernels.py shares parts of what is here.
+Plain Triton on every path.
 """
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hashfast.kernels.launch import DEPENDENT_LAUNCH, checked_rows, pdl_wait, splits_per_row
-from hashfast.kernels.split_kv import LOG2_E, _attend, _block_d, _combine, _finish, _partial, _precision, _store_rows
+from hashfast.kernels.launch import checked_rows, pdl_options, pdl_wait, splits_per_row
+from hashfast.kernels.split_kv import LOG2_E, attend_tile, block_d, combine, dot_precision, finish, partials, store_rows
 
 # ------------------------------------------------------------------------------------------------------ launch parameters
 
-# Chosen by measurement on an H100 (132 multiprocessors) amid the other kernels of a step; a GPU with fewer fills up as well.
-# What stands around counts: dense programs that took more than 48 KB of shared memory left the products after them
-# (linear_kernels.py) with less L1 cache than they need.
+# Tuned amid the other kernels of a step: programs with more than 48 KB of shared memory left the linear layers after them less
+# L1 cache than they need.
 
 def _dense_parameters(rows: int, M: int, S: int, element_size: int) -> dict[str, int]:
     """M = G * T queries per KV head."""
@@ -53,7 +52,7 @@ def _load_tile(rows, inside, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.
 def _dense_attention_kernel(q, k_cache, v_cache, seq_lens, partial, partial_lse, scale_log2, T, n_splits,
                             q_b, q_t, q_h, k_b, k_h, k_s, v_b, v_h, v_s,
                             HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                            BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
+                            BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):
     # later queries see more: they start first, so that no long block is left for the end
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -64,7 +63,7 @@ def _dense_attention_kernel(q, k_cache, v_cache, seq_lens, partial, partial_lse,
     column = tl.arange(0, BLOCK_D)[None, :]
     k_cache += batch * k_b + kv_head * k_h
     v_cache += batch * v_b + kv_head * v_h
-    pdl_wait()
+    pdl_wait(PDL)
     length = tl.load(seq_lens + batch)
     queries = tl.load(q + batch * q_b + (t.to(tl.int64) * q_t + head * q_h)[:, None] + column,
                       mask=valid[:, None] & (column < D), other=0.0)
@@ -95,48 +94,43 @@ def _dense_attention_kernel(q, k_cache, v_cache, seq_lens, partial, partial_lse,
             k = _load_tile(k_cache + first * k_s + k_offset, position < stop, masked, D, BLOCK_D)
             v = _load_tile(v_cache + first * v_s + v_offset, position < stop, masked, D, BLOCK_D)
             visible = position[None, :] <= last[:, None]
-            top, total, acc = _attend(queries, k, v, visible, top, total, acc, scale_log2, masked, PRECISION)
-    value, value_lse = _finish(top, total, acc)
+            top, total, acc = attend_tile(queries, k, v, visible, top, total, acc, scale_log2, masked, PRECISION)
+    value, value_lse = finish(top, total, acc)
     out_row = (batch * T + t) * (HKV * G) + head
-    _store_rows(partial, partial_lse, out_row * n_splits + split, valid, value, value_lse, D, BLOCK_D)
+    store_rows(partial, partial_lse, out_row * n_splits + split, valid, value, value_lse, D, BLOCK_D)
 
 
-def dense_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor,
-                    scale: float | None = None) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("hashfast::dense_attention", mutates_args=())
+def dense_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`hash_attention.dense_attention_reference`.
 
     q [B, T, Hq, D], k_cache and v_cache [B, Hkv, S, D], seq_lens int32 [B] -> out [B, T, Hq, D], lse float32 [B, T, Hq].
     """
-    return _dense_attention(q, k_cache, v_cache, seq_lens, q.shape[-1] ** -0.5 if scale is None else scale)
-
-
-@torch.library.custom_op("hashfast::dense_attention", mutates_args=())
-def _dense_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, T, Hq, _ = q.shape
     HKV, S = k_cache.shape[1:3]
-    return _launch_dense(q, k_cache, v_cache, seq_lens, scale,
-                         **_dense_parameters(B * HKV, Hq // HKV * T, S, k_cache.element_size()))
+    return launch_dense(q, k_cache, v_cache, seq_lens, scale,
+                        **_dense_parameters(B * HKV, Hq // HKV * T, S, k_cache.element_size()))
 
 
-@_dense_attention.register_fake
+@dense_attention.register_fake
 def _(q, k_cache, v_cache, seq_lens, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _launch_dense(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, scale: float, *, block_m: int, block_n: int,
-                  n_splits: int, num_warps: int, num_stages: int, causal: bool = True) -> tuple[Tensor, Tensor]:
+def launch_dense(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, scale: float, *, block_m: int, block_n: int,
+                 n_splits: int, num_warps: int, num_stages: int, causal: bool = True) -> tuple[Tensor, Tensor]:
     B, T, Hq, D = q.shape
     HKV = k_cache.shape[1]
     G = Hq // HKV
     out = torch.empty((B, T, Hq, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, T, Hq), dtype=torch.float32, device=q.device)
-    partial, partial_lse = _partial(out, lse, n_splits)
+    partial, partial_lse = partials(out, lse, n_splits)
     _dense_attention_kernel[(triton.cdiv(G * T, block_m), B * HKV, n_splits)](
         checked_rows(q), checked_rows(k_cache), checked_rows(v_cache), seq_lens, partial, partial_lse,
         scale * LOG2_E.value, T, n_splits, *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        HKV=HKV, G=G, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=_block_d(D), CAUSAL=causal,
-        PRECISION=_precision(q), num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT_LAUNCH)
-    _combine(partial, partial_lse, out, lse, n_splits)
+        HKV=HKV, G=G, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d(D), CAUSAL=causal,
+        PRECISION=dot_precision(q), num_warps=num_warps, num_stages=num_stages, **pdl_options(q.device))
+    combine(partial, partial_lse, out, lse, n_splits)
     return out, lse
 
 
@@ -155,7 +149,7 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tens
     """
     B, _, _, D = q.shape
     lengths = torch.full((B,), k.shape[2], dtype=torch.int32, device=q.device)
-    return _launch_dense(q, k, v, lengths, D ** -0.5, causal=causal, **_chunk_parameters(D, k.element_size()))
+    return launch_dense(q, k, v, lengths, D ** -0.5, causal=causal, **_chunk_parameters(D, k.element_size()))
 
 
 @triton.jit
@@ -182,8 +176,8 @@ def _merge_kernel(out, lse, part, part_lse, T, out_h, out_t, lse_h, part_h, part
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """`prompt_attention.merge_reference`, of one sequence. out, part [1, Hq, T, D], lse, part_lse float32 [1, Hq, T]."""
     _, Hq, T, D = out.shape
-    block_d = triton.next_power_of_2(D)
-    block_t = 4096 // block_d
+    columns = triton.next_power_of_2(D)
+    block_t = 4096 // columns
     _merge_kernel[(triton.cdiv(T, block_t), Hq)](
         checked_rows(out), checked_rows(lse), checked_rows(part), checked_rows(part_lse), T, *out.stride()[1:3], lse.stride(1),
-        *part.stride()[1:3], part_lse.stride(1), D=D, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4)
+        *part.stride()[1:3], part_lse.stride(1), D=D, BLOCK_T=block_t, BLOCK_D=columns, num_warps=4)

@@ -2,15 +2,14 @@
 
 rope_encode_append   rotate, encode, write to the cache   one kernel
 
-A custom op, as those of hash_kernels.py, which says what that is good for.
+Plain Triton on every path.
 """
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hashfast.hash_attention import HashEncoder
-from hashfast.kernels.launch import DEPENDENT_LAUNCH, checked_rows, pdl_wait
+from hashfast.kernels.launch import checked_rows, pdl_options, pdl_wait
 
 
 @triton.jit
@@ -57,7 +56,7 @@ def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight
                                k_cache, v_cache, signatures, T, k_b, k_h, k_s, v_b, v_h, v_s, x_b, x_h, x_s,
                                HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
                                WORDS: tl.constexpr, P: tl.constexpr, SIGNS: tl.constexpr, KEYS: tl.constexpr,
-                               QUERIES: tl.constexpr, EARLY: tl.constexpr):
+                               QUERIES: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
     """One signature head (or KV head without signatures) of one new token: its G queries, and its key and value.
 
     qkv [B, T, Hq + 2 Hkv, D], cos and sin [B, T, D / 2]. SIGNS: query_bits is 1. KEYS, QUERIES: which of them to encode.
@@ -89,7 +88,7 @@ def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight
                 query_biases += (biases,)
             else:
                 codes += biases
-    pdl_wait()
+    pdl_wait(PDL)
     # all loads come before the first store, which they would otherwise have to wait for
     position = tl.load(seq_lens + batch).to(tl.int64) - T + t
     qkv += token * ((HQ + 2 * HKV) * D)
@@ -146,24 +145,15 @@ def _parameters(weights: int) -> tuple[bool, int]:
     return weights <= 2 ** 15, 4 if weights <= 5 * 2 ** 12 else 8
 
 
-def rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, encoder: HashEncoder | None, k_cache: Tensor, v_cache: Tensor,
-                       signatures: Tensor | None, seq_lens: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`hash_attention.rope_encode_append_reference`, for linear encoders.
-
-    qkv [B, T, (Hq + 2 Hkv) D] -> q [B, T, Hq, D] and, with an encoder and T = 1, planes int32 [B, Hs, 1 + P, W].
-    """
-    if encoder is None:
-        return _rope_encode_append(qkv, cos, sin, None, None, None, None, k_cache, v_cache, None, seq_lens, 0, 0)[0], None
-    (key,), (query,) = encoder.key, encoder.query
-    q, planes = _rope_encode_append(qkv, cos, sin, key.weight, key.bias, query.weight, query.bias, k_cache, v_cache, signatures,
-                                    seq_lens, encoder.config.query_bits, encoder.config.planes(encoder.group))
-    return q, planes if qkv.shape[1] == 1 else None
-
-
 @torch.library.custom_op("hashfast::rope_encode_append", mutates_args=("k_cache", "v_cache", "signatures"))
-def _rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, key_weight: Tensor | None, key_bias: Tensor | None,
-                        query_weight: Tensor | None, query_bias: Tensor | None, k_cache: Tensor, v_cache: Tensor,
-                        signatures: Tensor | None, seq_lens: Tensor, query_bits: int, P: int) -> tuple[Tensor, Tensor]:
+def rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, key_weight: Tensor | None, key_bias: Tensor | None,
+                       query_weight: Tensor | None, query_bias: Tensor | None, k_cache: Tensor, v_cache: Tensor,
+                       signatures: Tensor | None, seq_lens: Tensor, query_bits: int, P: int) -> tuple[Tensor, Tensor]:
+    """`hash_attention.rope_encode_append_reference` for a linear encoder; without one weights, biases and signatures are None.
+
+    qkv [B, T, (Hq + 2 Hkv) D], key_weight float32 [Hs, D, b], query_weight [Hq, D, b], biases [Hs or Hq, b]
+    -> q [B, T, Hq, D] and planes int32 [B, Hs, 1 + P, W], which are written where T = 1 alone.
+    """
     B, T, width = qkv.shape
     HKV, D = k_cache.shape[1], k_cache.shape[3]
     HQ = width // D - 2 * HKV
@@ -181,11 +171,11 @@ def _rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, key_weight: Tenso
         checked_rows(k_cache), checked_rows(v_cache), signatures, T, *k_cache.stride()[:3], *v_cache.stride()[:3],
         *(signatures.stride()[:3] if encode else (0, 0, 0)),
         HQ=HQ, HKV=HKV, HEADS=HEADS, D=D, BLOCK=block, WORDS=WORDS, P=P, SIGNS=query_bits == 1,
-        KEYS=encode, QUERIES=encode and T == 1, EARLY=early, num_warps=num_warps, launch_pdl=DEPENDENT_LAUNCH)
+        KEYS=encode, QUERIES=encode and T == 1, EARLY=early, num_warps=num_warps, **pdl_options(qkv.device))
     return q, planes
 
 
-@_rope_encode_append.register_fake
+@rope_encode_append.register_fake
 def _(qkv, cos, sin, key_weight, key_bias, query_weight, query_bias, k_cache, v_cache, signatures, seq_lens, query_bits, P):
     B, T, width = qkv.shape
     heads, words = (signatures.shape[1], signatures.shape[3]) if signatures is not None else (k_cache.shape[1], 1)

@@ -1,248 +1,124 @@
-"""Triton kernel of a decode step's linear layers, with what stands around them. linear.py holds the definition.
+"""Triton kernel of a decode step's linear layers with their prologue and epilogue. ops/linear.py holds the definition.
 
 linear   residual + rstd * (x * norm) W^T + bias, or silu(gate) * up of two such products, for 1 to 16 rows: one kernel
 
-A step of few sequences is bound by the bytes of its weights. What else there is, the norm before, the activation or the
-residual after, is a few numbers that a program has at hand, so that a layer's linear part is four kernels. Weights are
-constant: each kernel is launched while the one before still runs, and its first weights are on the way before it waits.
-
-They go from memory straight into the registers where the tensor cores' mma.m16n8k16 wants them, without shared memory, a
-layout change or a barrier in the loop. Of a tile of eight outputs by 32 inputs, a warp's lane 4 g + t loads the 16 bytes of
-output g that hold inputs 8 t .. 8 t + 7, and of a tile of eight rows of x likewise. The instruction would have other inputs
-there, but a sum's order is free, as long as weights and x agree.
+A step of few sequences is bandwidth bound: it reads every weight once. Norm, gate and residual are fused into the GEMV, so that
+a layer's linear part is four kernels. Weights are constant: each kernel is launched while the one before still runs, and loads
+its first weights before it waits. Here in plain Triton; linear_ptx.py has a faster form.
 """
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hashfast.kernels.launch import DEPENDENT_LAUNCH, INTERPRETED, pdl_wait
-from hashfast.ops.linear import KERNEL_ROWS
+from hashfast.kernels.epilogue import silu_gate
+from hashfast.kernels.launch import INTERPRETED, pdl_options, pdl_wait, portable
+from hashfast.kernels.linear_ptx import check_lanes, launch_mma, mma_parameters
+
+MAX_ROWS = 16
 
 
-def _parameters(M: int, N: int, K: int, gated: bool) -> dict[str, int]:
-    """By measurement on an H200.
-
-    parts: tiles of eight outputs that a warp works on, an even number; the gate's and those of `up` count apart.
-    warps: of a program; they share the inputs.  units: tiles of inputs that are on the way at a time, per warp.
-    """
-    if N >= 2 ** 16:
-        parts, warps, units = (2, 2, 8) if M <= 8 else (8, 2, 4)
-    elif K > 8192:
-        parts, warps, units = 2, 8, 8 if M <= 8 else 4
-    elif gated:
-        parts, warps, units = (2, 4, 4) if M <= 8 else (4, 2, 2)
+@triton.jit
+def _multiply(acc, weights, x):
+    """weights [N, K] times x [1, K] are summed over K at the end: acc [N, K]. x [16, K]: acc [N, 16] on tensor cores."""
+    if x.shape[0] == 1:
+        acc += weights.to(tl.float32) * x.to(tl.float32)
+    elif INTERPRETED:  # multiplies bfloat16 wrongly
+        acc = tl.dot(weights.to(tl.float32), tl.trans(x).to(tl.float32), acc, input_precision="ieee")
     else:
-        parts, warps, units = 2, 4, 8 if M <= 8 else 4
-    per_warp = triton.cdiv(triton.cdiv(K, 32), warps)
-    return {"parts": parts, "warps": warps, "units": triton.cdiv(per_warp, triton.cdiv(per_warp, units))}  # as even as can be
-
-
-def _mma() -> str:
-    """$0-3 sums of two outputs for two rows of x, $4-7 before; $8-9 and $10-11 weights of the two outputs, $12-13 inputs."""
-    lines = [".reg .b32 al, ah, bl, bh, xl, xh;"]
-    before = "$4, $5, $6, $7"
-    for i in range(2):
-        lines += [f"mov.b64 {{al, ah}}, ${8 + i}; mov.b64 {{bl, bh}}, ${10 + i}; mov.b64 {{xl, xh}}, ${12 + i};",
-                  "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {al, bl, ah, bh}, {xl, xh}, "
-                  f"{{{before}}};"]
-        before = "$0, $1, $2, $3"
-    return "{ " + " ".join(lines) + " }"
-
-
-_MMA = tl.constexpr(_mma())
-_MMA_REGISTERS = tl.constexpr(",".join(["=&f"] * 4 + ["f"] * 4 + ["l"] * 8))
-_SCALE = tl.constexpr("{ .reg .b32 xl, xh, fl, fh; mov.b64 {xl, xh}, $1; mov.b64 {fl, fh}, $2; mul.rn.bf16x2 xl, xl, fl; "
-                      "mul.rn.bf16x2 xh, xh, fh; mov.b64 $0, {xl, xh}; }")
-
-
-@triton.jit
-def silu_gate(gate, up):
-    return gate / (1 + tl.exp(-gate)) * up
-
-
-@triton.jit
-def _number(x, i: tl.constexpr):
-    """The i-th of the four bfloat16 numbers in each int64, as float32."""
-    return (((x >> (16 * i)) & 0xFFFF) << 16).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _squares(x):
-    """Sum of the squares of the four numbers in each int64."""
-    total = tl.zeros(x.shape, tl.float32)
-    for i in tl.static_range(4):
-        total += _number(x, i) * _number(x, i)
-    return total
-
-
-@triton.jit
-def _scaled(x, factor):
-    """Products of the four bfloat16 numbers in each int64, rounded to bfloat16."""
-    if INTERPRETED:
-        out = tl.zeros_like(x)
-        for i in tl.static_range(4):
-            product = (_number(x, i) * _number(factor, i)).to(tl.bfloat16).to(tl.int16, bitcast=True)
-            out |= (product.to(tl.int64) & 0xFFFF) << (16 * i)
-    else:
-        out = tl.inline_asm_elementwise(_SCALE, "=l,l,l", [x, factor], dtype=tl.int64, is_pure=True, pack=1)
-    return out
-
-
-@triton.jit
-def _multiply(acc, weights, x, PARTS: tl.constexpr, WARPS: tl.constexpr):
-    """acc [PARTS * WARPS * 8 outputs, 8 rows of x] plus the products of one unit of inputs per warp.
-
-    weights [PARTS * WARPS * 8, 8] and x [WARPS * 8, 8], eight times four numbers as int64.
-    """
-    if INTERPRETED:
-        w = tl.reshape(weights, [PARTS, WARPS, 8, 1, 8])
-        x = tl.reshape(x, [1, WARPS, 1, 8, 8])
-        products = tl.zeros([PARTS, WARPS, 8, 8, 8], tl.float32)
-        for i in tl.static_range(4):
-            products += _number(w, i) * _number(x, i)
-        acc += tl.reshape(tl.sum(products, axis=4), [PARTS * WARPS * 8, 8])
-    else:
-        x = tl.reshape(tl.broadcast_to(x[None], [PARTS, WARPS * 8, 8]), [PARTS * WARPS * 8, 8])
-        acc = tl.inline_asm_elementwise(_MMA, _MMA_REGISTERS, [acc, weights, x], dtype=tl.float32, is_pure=True, pack=4)
+        acc = tl.dot(weights, tl.trans(x), acc)
     return acc
 
 
 @triton.jit
-def _outputs(N, GATED: tl.constexpr, PARTS: tl.constexpr):
-    """The outputs of this program, [PARTS, 8, 1]; GATED, half as many."""
-    parts: tl.constexpr = PARTS // 2 if GATED else PARTS
-    return (tl.program_id(0) * parts + tl.arange(0, parts)[:, None, None]) * 8 + tl.arange(0, 8)[None, :, None]
-
-
-@triton.jit
-def _load_units(row, q, first, visible, Q: tl.constexpr, UNITS: tl.constexpr, STEP: tl.constexpr):
-    """A tuple of UNITS tiles of rows of Q int64, from place `first` + q on; zeros past their end and where not `visible`."""
-    units = ()
-    for u in tl.static_range(UNITS):
-        inside = first < Q if Q % STEP == 0 else first + u * 8 + q < Q
-        if visible is not None:
-            inside = visible & inside
-        units += (tl.load(row + first + u * 8, mask=inside, other=0),)
-    return units
-
-
-@triton.jit
-def _linear_kernel(x, norm, weight, bias, residual, out, M, N, eps, K: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr,
-                   WARPS: tl.constexpr, UNITS: tl.constexpr, TILES: tl.constexpr):
-    """x [M, K / 4], norm [K / 4], weight [N, K / 4] or, GATED, [2 N, K / 4] as int64 of four numbers each, bias [N],
-    residual [M, N] -> out [M, N]. GATED: every other part is of the gate. TILES: of eight rows of x.
-
-    q: place in a row of such int64. Warps take turns of UNITS * 8 of them.
-    """
-    Q: tl.constexpr = K // 4
-    STEP: tl.constexpr = WARPS * UNITS * 8
-    NORM: tl.constexpr = norm is not None
-    lane = tl.arange(0, PARTS * WARPS * 8)[:, None]  # of a part, a warp and an output
-    part = lane // (WARPS * 8)
-    q = lane // 8 % WARPS * (UNITS * 8) + tl.arange(0, 8)[None, :]
+def _linear_kernel(x, norm, weight, bias, residual, out, M, N, eps, K: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
+                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+    """x [M, K], norm [K], weight [N, K] or, GATED, [2 N, K], bias [N], residual [M, N] -> out [M, N]."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    weight += tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
+    up_weight = weight + N.to(tl.int64) * K
+    x += m[:, None] * K + k[None, :]
+    w = tl.load(weight, mask=k[None, :] < K, other=0.0)
     if GATED:
-        output = tl.minimum((tl.program_id(0) * (PARTS // 2) + part // 2) * 8 + lane % 8, N - 1) + part % 2 * N
-    else:
-        output = tl.minimum((tl.program_id(0) * PARTS + part) * 8 + lane % 8, N - 1)
-    weight += output.to(tl.int64) * Q + q
-    x_lane = tl.arange(0, WARPS * 8)[:, None]
-    x_q = x_lane // 8 * (UNITS * 8) + tl.arange(0, 8)[None, :]
-    m = x_lane % 8
-    x += m * Q + x_q
-    weights, factors, inputs = _load_units(weight, q, 0, None, Q, UNITS, STEP), (), ()
-    if NORM:
-        norm += x_q
-        factors = _load_units(norm, x_q, 0, None, Q, UNITS, STEP)
-    pdl_wait()
-    for tile in tl.static_range(TILES):
-        inputs += _load_units(x + tile * 8 * Q, x_q, 0, tile * 8 + m < M, Q, UNITS, STEP)
-    added, accs, squares = (), (), ()
-    n = _outputs(N, GATED, PARTS)
-    for tile in tl.static_range(TILES):
-        accs += (tl.zeros([PARTS * WARPS * 8, 8], tl.float32),)
-        squares += (tl.zeros([WARPS * 8, 8], tl.float32),)
-        if residual is not None:
-            row = tile * 8 + tl.arange(0, 8)[None, None, :]
-            added += (tl.load(residual + row * N + n, mask=(row < M) & (n < N), other=0.0).to(tl.float32),)
-        else:
-            added += (0.0,)
-    for first in range(0, Q, STEP):
-        beyond = first + STEP
-        next_weights, next_factors, next_inputs = _load_units(weight, q, beyond, None, Q, UNITS, STEP), (), ()
-        if NORM:
-            next_factors = _load_units(norm, x_q, beyond, None, Q, UNITS, STEP)
-        for tile in tl.static_range(TILES):
-            next_inputs += _load_units(x + tile * 8 * Q, x_q, beyond, tile * 8 + m < M, Q, UNITS, STEP)
-        for u in tl.static_range(UNITS):
-            next_accs, next_squares = (), ()
-            for tile in tl.static_range(TILES):
-                value = inputs[UNITS * tile + u]
-                if NORM:
-                    next_squares += (squares[tile] + _squares(value),)
-                    value = _scaled(value, factors[u])
-                next_accs += (_multiply(accs[tile], weights[u], value, PARTS, WARPS),)
-            accs = next_accs
-            if NORM:
-                squares = next_squares
-        weights, factors, inputs = next_weights, next_factors, next_inputs
-    for tile in tl.static_range(TILES):
-        value = tl.sum(tl.reshape(accs[tile], [PARTS, WARPS, 8, 8]), axis=1)  # [PARTS, 8 outputs, 8 rows]
-        if NORM:
-            total = tl.sum(tl.reshape(tl.sum(squares[tile], axis=1), [WARPS, 8]), axis=0)
-            value *= tl.rsqrt(total / K + eps)[None, None, :]
+        up_w = tl.load(up_weight, mask=k[None, :] < K, other=0.0)
+    pdl_wait(PDL)
+    at = m[None, :] * N + n[:, None]
+    mask = (m < M)[None, :] & (n < N)[:, None]
+    added = 0.0
+    if residual is not None:
+        added = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_K if BLOCK_M == 1 else BLOCK_M], tl.float32)
+    up_acc = acc
+    squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for first in range(0, K, BLOCK_K):
+        beyond = first + BLOCK_K
+        next_w = tl.load(weight + beyond, mask=beyond + k[None, :] < K, other=0.0)
+        inputs = tl.load(x + first, mask=(m < M)[:, None] & (first + k < K)[None, :], other=0.0)
+        if norm is not None:
+            wide = inputs.to(tl.float32)
+            squares += wide * wide
+            factor = tl.load(norm + first + k[None, :], mask=first + k[None, :] < K, other=0.0).to(tl.float32)
+            inputs = (wide * factor).to(inputs.dtype)
+        acc = _multiply(acc, w, inputs)
+        w = next_w
         if GATED:
-            gate, up = tl.split(tl.permute(tl.reshape(value, [PARTS // 2, 2, 8, 8]), [0, 2, 3, 1]))
-            value = silu_gate(gate, up)
-        if bias is not None:
-            value += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-        value += added[tile]
-        row = tile * 8 + tl.arange(0, 8)[None, None, :]
-        tl.store(out + row * N + n, value.to(out.dtype.element_ty), mask=(row < M) & (n < N))
+            next_w = tl.load(up_weight + beyond, mask=beyond + k[None, :] < K, other=0.0)
+            up_acc = _multiply(up_acc, up_w, inputs)
+            up_w = next_w
+    if BLOCK_M == 1:
+        acc = tl.sum(acc, axis=1)[:, None]
+        up_acc = tl.sum(up_acc, axis=1)[:, None]
+    if norm is not None:
+        rstd = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)[None, :]
+        acc *= rstd
+        up_acc *= rstd
+    if GATED:
+        acc = silu_gate(acc, up_acc)
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    tl.store(out + at, (acc + added).to(out.dtype.element_ty), mask=mask)
 
 
-@functools.cache
-def _check_lanes(device: torch.device) -> None:
-    """Triton does not promise which lane holds which number, and another order would give other sums: RuntimeError if so.
+def portable_parameters(M: int, N: int, K: int) -> dict[str, int]:
+    """M 1: a thread has 16 bytes of every row, of weights as of x, so that no layout is converted in the loop."""
+    warps = min(4, triton.next_power_of_2(triton.cdiv(K, 256)))
+    if M == 1:
+        return {"block_n": 8 if N > 2048 else 2, "block_k": 256 * warps, "num_warps": warps}
+    return {"block_n": 32, "block_k": min(128, max(16, triton.next_power_of_2(K))), "num_warps": 4}
 
-    Small integers, whose sums are exact.
-    """
-    weight = (torch.arange(16 * 256, device=device) * 40503 % 65521 % 3 - 1).view(16, 256).bfloat16()
-    x = (torch.arange(8 * 256, device=device) * 27449 % 65519 % 3 - 1).view(8, 256).bfloat16()
-    got = _launch_linear(x, weight, None, None, 0.0, None, False, parts=2, warps=4, units=2)
-    if not torch.equal(got, (x.float() @ weight.float().T).to(got.dtype)):
-        raise RuntimeError(f"Triton {triton.__version__} lays tensors out in another way than linear_kernels.py needs; "
-                           "use a version that requirements.txt allows")
+
+def launch_portable(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float, residual: Tensor | None,
+                    gated: bool, *, block_n: int, block_k: int, num_warps: int) -> Tensor:
+    """Arguments and result of `linear`. num_warps * 256 = block_k where x has one row."""
+    N, K = weight.shape[0] // (2 if gated else 1), x.shape[-1]
+    M = x.numel() // K
+    out = x.new_empty((*x.shape[:-1], N))
+    _linear_kernel[(triton.cdiv(N, block_n),)](
+        x.contiguous(), norm, weight.contiguous(), bias, residual.contiguous() if residual is not None else None, out, M, N,
+        eps, K=K, GATED=gated, BLOCK_M=1 if M == 1 else MAX_ROWS, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps,
+        **pdl_options(x.device))
+    return out
 
 
 @torch.library.custom_op("hashfast::linear", mutates_args=())
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float, residual: Tensor | None,
            gated: bool) -> Tensor:
-    """`linear.linear_reference` of M rows in bfloat16, M <= 16: x [.., K], weight [N, K] ([2 N, K] where gated) -> [.., N].
+    """`ops.linear.linear_reference` of M rows in bfloat16, M <= 16: x [.., K], weight [N, K] ([2 N, K] where gated) -> [.., N].
 
     K is a multiple of 8. A gated product has no bias.
     """
-    _check_lanes(x.device)
     N, K = weight.shape[0] // (2 if gated else 1), x.shape[-1]
-    return _launch_linear(x, weight, bias, norm, eps, residual, gated, **_parameters(x.numel() // K, N, K, gated))
+    M = x.numel() // K
+    if M > MAX_ROWS or K % 8 or weight.dtype != torch.bfloat16 or gated and bias is not None:
+        raise ValueError(f"no kernel for {M} rows of {K} {weight.dtype} numbers{' and a gated bias' if gated else ''}")
+    if portable(x.device):
+        return launch_portable(x, weight, bias, norm, eps, residual, gated, **portable_parameters(M, N, K))
+    check_lanes(x.device)
+    return launch_mma(x, weight, bias, norm, eps, residual, gated, **mma_parameters(M, N, K, gated))
 
 
 @linear.register_fake
 def _(x, weight, bias, norm, eps, residual, gated):
     return x.new_empty((*x.shape[:-1], weight.shape[0] // (2 if gated else 1)))
-
-
-def _launch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float, residual: Tensor | None,
-                   gated: bool, *, parts: int, warps: int, units: int) -> Tensor:
-    K = x.shape[-1]
-    M, N = x.numel() // K, weight.shape[0] // (2 if gated else 1)
-    if M > KERNEL_ROWS or K % 8 or weight.dtype != torch.bfloat16 or gated and bias is not None:
-        raise ValueError(f"no kernel for {M} rows of {K} {weight.dtype} numbers{' and a gated bias' if gated else ''}")
-    out = x.new_empty((*x.shape[:-1], N))
-    fours = [None if t is None else t.contiguous().view(torch.int64) for t in (x, norm, weight)]
-    _linear_kernel[(triton.cdiv(N, 8 * parts // (2 if gated else 1)),)](
-        *fours, bias, residual.contiguous() if residual is not None else None, out, M, N, eps, K=K, GATED=gated, PARTS=parts,
-        WARPS=warps, UNITS=units, TILES=triton.cdiv(M, 8), num_warps=warps, launch_pdl=DEPENDENT_LAUNCH)
-    return out

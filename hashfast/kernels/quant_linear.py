@@ -4,22 +4,23 @@ int8_linear, int4_linear   1 to 16 rows: read the weights once, dequantise in re
 int8_row, int4_row         one row, with the norm, gate and residual around it             one kernel
 dequantize_int4            the weights in full, for prompts                                one kernel
 
-One row is a sum along each output's weights; more rows go through tensor cores. Integers become floats by their bits,
-in inline assembly, for conversions would take longer than the weights' way. Neither uses atomics: the same input gives the same
-bits. Custom ops, as those of hash_kernels.py, which says what that is good for. Weights wait for no other kernel, so the first
-ones are on their way before the kernel before this one has finished.
+One row is a GEMV in float32; more rows go through tensor cores. Integers become floats by bit operations, since conversion
+instructions (16 a clock and SM) would be slower than the weights' loads; with PORTABLE by plain Triton, else by inline PTX. No
+atomics: the same input gives the same bits. Weights are constant, so the first ones are loaded before the wait for the kernel
+before this one.
 """
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hashfast.kernels.launch import DEPENDENT_LAUNCH, INTERPRETED, pdl_wait
-from hashfast.kernels.linear import silu_gate
+from hashfast.kernels.epilogue import silu_gate
+from hashfast.kernels.launch import pdl_options, pdl_wait, portable
+from hashfast.kernels.split_kv import dot_precision
 
 # ------------------------------------------------------------------------------------------------------ launch parameters
 
-# By measurement on an H200, a multiprocessor of which needs some 30 KB of loads on the way.
+# An SM of an H200 needs some 30 KB of loads in flight.
 
 def _int8_row_parameters(N: int, K: int) -> dict[str, int]:
     """block_n: rows of the weight that a program takes.  block_w: words of 4 inputs at a time, two a thread."""
@@ -46,13 +47,8 @@ def _int4_dot_parameters(N: int, K: int) -> dict[str, int]:
 
 
 def _splits(N: int, K: int, block_k: int) -> int:
-    """So that blocks of 64 outputs have three programs a multiprocessor."""
+    """So that blocks of 64 outputs have three programs an SM."""
     return max(1, min(triton.cdiv(K, block_k), 400 // triton.cdiv(N, 64)))
-
-
-def _precision(x: Tensor) -> str:
-    """float32 is multiplied as float32, as in attention_kernels.py."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 # --------------------------------------------------------------------------------------------------------------- one row
@@ -61,14 +57,17 @@ def _precision(x: Tensor) -> str:
 # and scales by itself, nothing goes through shared memory in the loop, and rows are at constant distances from one address.
 
 @triton.jit
-def _int8_mantissas(w):
-    """int32 w -> its four signed bytes as float32 1152 + byte: a permutation of bytes puts two in the mantissas of float16
-    1024, which widen at the rate of additions. A conversion from integers takes the time of four."""
+def _int8_mantissas(w, PORTABLE: tl.constexpr):
+    """int32 w -> its four signed bytes as float32 1152 + byte, the byte in the mantissa of 1024.
+
+    In PTX a byte permutation puts two into float16, which widen at the rate of additions.
+    """
     w ^= -0x7F7F7F80  # 0x80808080
-    if INTERPRETED:
+    if PORTABLE:
+        moved = w << 13, w << 5, w >> 3, w >> 11
         values = ()
         for i in tl.static_range(4):
-            values += ((((w >> 8 * i) & 255) + 1024).to(tl.float32),)
+            values += (((moved[i] & (255 << 13)) | 0x44800000).to(tl.float32, bitcast=True),)
         return values
     else:
         return tl.inline_asm_elementwise("""{
@@ -86,10 +85,10 @@ def _int8_mantissas(w):
 
 
 @triton.jit
-def _int4_mantissas(w):
+def _int4_mantissas(w, PORTABLE: tl.constexpr):
     """int32 w -> its 4-bit integers q as eight float32, 1 + q / 256 and 1 + q / 16 in turn: in the mantissa of 1.0 at bit 15
     or 19, so that one shift serves two."""
-    if INTERPRETED:
+    if PORTABLE:
         moved = w << 15, w << 7, w >> 1, w >> 9
         values = ()
         for i in tl.static_range(4):
@@ -164,7 +163,8 @@ def _store_row(out, value, added, N: tl.constexpr, GATED: tl.constexpr):
 
 @triton.jit
 def _int8_row_kernel(x, norm, weight, scale, bias, residual, out, eps, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr,
-                     PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
+                     PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, PORTABLE: tl.constexpr,
+                     PDL: tl.constexpr):
     """x [K], norm [K], weight [N, K] or, GATED, [2 N, K] as int32 [.., K / 4], scale and bias [N or 2 N], residual [N]
     -> out [N].
 
@@ -182,7 +182,7 @@ def _int8_row_kernel(x, norm, weight, scale, bias, residual, out, eps, N: tl.con
     shift = 0.0
     if bias is not None:
         shift = tl.load(bias + first_row + row).to(tl.float32)
-    pdl_wait()
+    pdl_wait(PDL)
     added = 0.0
     if residual is not None:
         n = _outputs_here(N, GATED, BLOCK_N)
@@ -199,7 +199,7 @@ def _int8_row_kernel(x, norm, weight, scale, bias, residual, out, eps, N: tl.con
             g0, g1, g2, g3 = _four_inputs(norm, first + word, first + word < words, PACKED)
             x0, x1, x2, x3 = x0 * g0, x1 * g1, x2 * g2, x3 * g3
         ones += (x0 + x1) + (x2 + x3)
-        w0, w1, w2, w3 = _int8_mantissas(w)
+        w0, w1, w2, w3 = _int8_mantissas(w, PORTABLE)
         total += w0 * x0
         total += w1 * x1
         total += w2 * x2
@@ -219,7 +219,8 @@ def _sum_of_four(t):
 
 @triton.jit
 def _int4_row_kernel(x, norm, weight, scale, zero, bias, residual, out, eps, N: tl.constexpr, K: tl.constexpr,
-                     GROUPSIZE: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
+                     GROUPSIZE: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
+                     PORTABLE: tl.constexpr, PDL: tl.constexpr):
     """x [K], norm [K], weight [N, K / 8] or, GATED, [2 N, K / 8], bias [N or 2 N], residual [N] -> out [N]. A thread takes a
     block of 32 inputs of BLOCK_N rows of the weight: four words, one group each.
 
@@ -247,7 +248,7 @@ def _int4_row_kernel(x, norm, weight, scale, zero, bias, residual, out, eps, N: 
     shift = 0.0
     if bias is not None:
         shift = tl.load(bias + first_row + row).to(tl.float32)
-    pdl_wait()
+    pdl_wait(PDL)
     added = 0.0
     if residual is not None:
         n = _outputs_here(N, GATED, BLOCK_N)
@@ -277,7 +278,7 @@ def _int4_row_kernel(x, norm, weight, scale, zero, bias, residual, out, eps, N: 
                 odd += value
             inputs += (value,)
         products = tl.broadcast_to(-even - odd, [BLOCK_N, 4 * BLOCK_U])
-        integers = _int4_mantissas(w)
+        integers = _int4_mantissas(w, PORTABLE)
         for i in tl.static_range(8):
             products += integers[i] * inputs[i]
         scaled += tl.reshape(s, [BLOCK_N, BLOCK_U]).to(tl.float32) * _sum_of_four(products)
@@ -316,12 +317,13 @@ _INT4_VALUES = tl.constexpr(_int4_values_asm())
 
 
 @triton.jit
-def _int4_values(w, s, z):
+def _int4_values(w, s, z, PORTABLE: tl.constexpr):
     """int32 w -> its eight weights q s + z in s's dtype, rounded once.
 
-    bfloat16 128 + q has q in its lowest bits. Two words go together, so that a register holds neighbours of a dot's operand.
+    bfloat16 128 + q has q in its lowest bits. Two words go together, so that a register holds two adjacent elements of an
+    operand.
     """
-    if INTERPRETED or s.dtype != tl.bfloat16:
+    if PORTABLE or s.dtype != tl.bfloat16:
         wide_s, wide_z = s.to(tl.float32), z.to(tl.float32)
         values = ()
         for i in tl.static_range(8):
@@ -340,7 +342,7 @@ def _by_words(pair, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _int8_dot_kernel(x, weight, scale, partial, M, N, K, k_per_split, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                     PRECISION: tl.constexpr):
+                     PRECISION: tl.constexpr, PDL: tl.constexpr):
     """x [M, K], weight [N, K] -> partial [splits, M, N]."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
@@ -352,7 +354,7 @@ def _int8_dot_kernel(x, weight, scale, partial, M, N, K, k_per_split, BLOCK_N: t
     x += m * K + column[None, :]
     factor = tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)
     acc = tl.zeros([16, BLOCK_N], tl.float32)
-    pdl_wait()
+    pdl_wait(PDL)
     for first in range(start, stop, BLOCK_K):
         w = tl.load(weight + first, mask=(first + column < stop)[:, None], other=0)
         inputs = tl.load(x + first, mask=(m < M) & (first + column < stop)[None, :], other=0.0)
@@ -362,7 +364,7 @@ def _int8_dot_kernel(x, weight, scale, partial, M, N, K, k_per_split, BLOCK_N: t
 
 @triton.jit
 def _int4_dot_kernel(x, weight, scale, zero, partial, M, N, K, units_per_split, GROUPSIZE: tl.constexpr, BLOCK_N: tl.constexpr,
-                     BLOCK_W: tl.constexpr, PRECISION: tl.constexpr):
+                     BLOCK_W: tl.constexpr, PRECISION: tl.constexpr, PORTABLE: tl.constexpr, PDL: tl.constexpr):
     """x [M, K], weight [N, K / 8] -> partial [splits, M, N]. A word's eight weights go into eight products."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
@@ -380,7 +382,7 @@ def _int4_dot_kernel(x, weight, scale, zero, partial, M, N, K, units_per_split, 
     group = ((start + unit) // (GROUPSIZE // 32))[:, None]
     s = tl.load(scale + group, mask=(start + unit < stop)[:, None], other=0.0)
     z = tl.load(zero + group, mask=(start + unit < stop)[:, None], other=0.0)
-    pdl_wait()
+    pdl_wait(PDL)
     for first in range(start, stop, BLOCK_W // 4):
         valid = first + word // 4 < stop
         w = tl.load(weight + 4 * first, mask=valid[:, None], other=0)
@@ -388,7 +390,8 @@ def _int4_dot_kernel(x, weight, scale, zero, partial, M, N, K, units_per_split, 
         group = (beyond // (GROUPSIZE // 32))[:, None]
         next_s = tl.load(scale + group, mask=(beyond < stop)[:, None], other=0.0)
         next_z = tl.load(zero + group, mask=(beyond < stop)[:, None], other=0.0)
-        values = _int4_values(w, _by_words(s, BLOCK_W, BLOCK_N), _by_words(z, BLOCK_W, BLOCK_N))
+        values = _int4_values(w, _by_words(s, BLOCK_W, BLOCK_N), _by_words(z, BLOCK_W, BLOCK_N),
+                              PORTABLE)
         for i in tl.static_range(8):
             inputs = tl.load(x + 32 * first + 4 * i, mask=(m < M) & valid[None, :], other=0.0)
             acc = tl.dot(inputs, values[i], acc, input_precision=PRECISION)
@@ -449,9 +452,10 @@ def _launch_int8_row(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
     packed = all(t.element_size() == 2 and t.data_ptr() % 8 == 0 for t in (x, norm) if t is not None)
     _int8_row_kernel[(triton.cdiv(len(weight), block_n),)](
         x, norm, weight.view(torch.int32), scale, bias, residual.contiguous() if residual is not None else None, out, eps,
-        out.shape[-1], x.shape[-1], GATED=gated, PACKED=packed, BLOCK_N=block_n, BLOCK_W=block_w, num_warps=num_warps,
+        out.shape[-1], x.shape[-1], GATED=gated, PACKED=packed, BLOCK_N=block_n, BLOCK_W=block_w,
+        PORTABLE=portable(x.device), num_warps=num_warps,
         maxnreg=64 if num_warps == block_n == 8 and norm is None else None,  # with 65 three run at once, not four
-        launch_pdl=DEPENDENT_LAUNCH)
+        **pdl_options(x.device))
     return out
 
 
@@ -461,8 +465,8 @@ def _launch_int8_dot(x: Tensor, weight: Tensor, scale: Tensor, *, block_n: int, 
     partial = _partial(x, N, n_splits)
     per_split = triton.cdiv(triton.cdiv(K, block_k), n_splits) * block_k
     _int8_dot_kernel[(triton.cdiv(N, block_n), n_splits)](
-        x, weight, scale, partial, len(x), N, K, per_split, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION=_precision(x),
-        num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT_LAUNCH)
+        x, weight, scale, partial, len(x), N, K, per_split, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION=dot_precision(x),
+        num_warps=num_warps, num_stages=num_stages, **pdl_options(x.device))
     return _summed(partial, x.dtype)
 
 
@@ -505,8 +509,9 @@ def _launch_int4_row(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bia
     out, K = _outputs(x, weight, gated), x.shape[-1]
     _int4_row_kernel[(triton.cdiv(len(weight), block_n),)](
         x.contiguous(), norm, weight, scale, zero, bias, residual.contiguous() if residual is not None else None, out, eps,
-        out.shape[-1], K, GROUPSIZE=K // scale.shape[1], GATED=gated, BLOCK_N=block_n, BLOCK_U=block_u, num_warps=num_warps,
-        launch_pdl=DEPENDENT_LAUNCH)
+        out.shape[-1], K, GROUPSIZE=K // scale.shape[1], GATED=gated, BLOCK_N=block_n, BLOCK_U=block_u,
+        PORTABLE=portable(x.device), num_warps=num_warps,
+        **pdl_options(x.device))
     return out
 
 
@@ -517,18 +522,20 @@ def _launch_int4_dot(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, *, 
     per_split = triton.cdiv(triton.cdiv(K, block_k), n_splits) * (block_k // 32)
     _int4_dot_kernel[(triton.cdiv(N, block_n), n_splits)](
         x, weight, scale, zero, partial, len(x), N, K, per_split, GROUPSIZE=K // scale.shape[1], BLOCK_N=block_n,
-        BLOCK_W=block_k // 8, PRECISION=_precision(x), num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT_LAUNCH)
+        BLOCK_W=block_k // 8, PRECISION=dot_precision(x), PORTABLE=portable(x.device), num_warps=num_warps,
+        num_stages=num_stages, **pdl_options(x.device))
     return _summed(partial, x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ dequantise
 
 @triton.jit
-def _dequantize_kernel(weight, scale, zero, out, words, GROUPSIZE: tl.constexpr, BLOCK_W: tl.constexpr):
+def _dequantize_kernel(weight, scale, zero, out, words, GROUPSIZE: tl.constexpr, BLOCK_W: tl.constexpr,
+                       PDL: tl.constexpr):
     """weight [N, words] -> out [N, 8 words]."""
     n = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    pdl_wait()
+    pdl_wait(PDL)
     w = tl.load(weight + n * words + word, mask=word < words, other=0)
     group = n * (8 * words // GROUPSIZE) + word // (GROUPSIZE // 8)
     s = tl.load(scale + group, mask=word < words, other=0.0).to(tl.float32)
@@ -547,7 +554,7 @@ def dequantize_int4(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     block_w = min(512, triton.next_power_of_2(words))
     _dequantize_kernel[(N, triton.cdiv(words, block_w))](
         weight, scale, zero, out, words, GROUPSIZE=8 * words // scale.shape[1], BLOCK_W=block_w, num_warps=4,
-        launch_pdl=DEPENDENT_LAUNCH)
+        **pdl_options(weight.device))
     return out
 
 

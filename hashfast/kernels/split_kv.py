@@ -4,9 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hashfast.kernels.launch import DEPENDENT_LAUNCH, pdl_wait
-
-# ----------------------------------------------------------------------------------------------------- attend: shared parts
+from hashfast.kernels.launch import checked_rows, pdl_options, pdl_wait
 
 # Softmax is computed in base 2, whose powers and logarithms are instructions.
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -14,7 +12,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _attend(q, k, v, visible, top, total, acc, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def attend_tile(q, k, v, visible, top, total, acc, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of flash attention in base 2. q [M, D], k and v [N, D]; top, total [M] and acc [M, D] are the running state.
 
     `visible` [M or 1, N] counts where MASKED. scale_log2 is positive: it then commutes with the maximum, and scaling a score
@@ -34,14 +32,14 @@ def _attend(q, k, v, visible, top, total, acc, scale_log2, MASKED: tl.constexpr,
 
 
 @triton.jit
-def _finish(top, total, acc):
+def finish(top, total, acc):
     """Normalised output and log-sum-exp; a query that saw nothing gets 0 and -inf."""
     safe = tl.where(total > 0, total, 1.0)
     return acc / safe[:, None], (top + tl.log2(safe)) * LN_2
 
 
 @triton.jit
-def _store_rows(out, lse, row, valid, value, value_lse, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_rows(out, lse, row, valid, value, value_lse, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write value [M, BLOCK_D] and value_lse [M] to rows `row` of out [*, D] and lse [*] where valid."""
     column = tl.arange(0, BLOCK_D)[None, :]
     tl.store(out + row[:, None] * D + column, value.to(out.dtype.element_ty), mask=valid[:, None] & (column < D))
@@ -49,18 +47,19 @@ def _store_rows(out, lse, row, valid, value, value_lse, D: tl.constexpr, BLOCK_D
 
 
 @triton.jit
-def _combine_kernel(partial, partial_lse, out, lse, n_splits, D: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
+def _combine_kernel(partial, partial_lse, out, lse, n_splits, D: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
+                    PDL: tl.constexpr):
     """COLUMNS of a row of out [*, D] and lse [*] from its splits: partial [*, n_splits, D] and partial_lse [*, n_splits].
 
-    One warp. A lane takes chunks of four columns, of every so many splits, and needs their weights alone: so no layout has to
-    change, which would take shared memory, and 32 bytes of it delay the kernels around this one by up to 5 us. Triton lays a
-    load or store out along the dimension with most neighbours, and ties are broken otherwise in every version. So these are
-    told of neighbours, two in chunks and one in splits, even where there are none. Alignment to 1 keeps it from loading two.
+    One warp. A lane takes chunks of four columns, of every so many splits, and needs their weights alone: so there is no layout
+    conversion, which would take shared memory, and 32 bytes of it delay the kernels around this one by up to 5 us. Triton's
+    coalescing pass orders a layout by contiguity, and breaks ties differently in every version. So the hints below claim a
+    contiguity of two in chunks and one in splits, true or not. Alignment to 1 keeps it from vectorising two.
     """
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1) * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
     column = 4 * chunk[:, None] + tl.arange(0, 4)[None, :]
-    pdl_wait()
+    pdl_wait(PDL)
     top = tl.full([COLUMNS // 4], float("-inf"), tl.float32)  # the same in every chunk, as is total
     total = tl.zeros([COLUMNS // 4], tl.float32)
     acc = tl.zeros([COLUMNS // 4, 4], tl.float32)
@@ -86,7 +85,7 @@ def _combine_kernel(partial, partial_lse, out, lse, n_splits, D: tl.constexpr, C
     tl.store(lse + row + 0 * chunk, (top + tl.log2(safe)) * LN_2, mask=chunk == 0)
 
 
-def _partial(out: Tensor, lse: Tensor, n_splits: int) -> tuple[Tensor, Tensor]:
+def partials(out: Tensor, lse: Tensor, n_splits: int) -> tuple[Tensor, Tensor]:
     """Where the splits of out [..., D] and lse [...] go: float32 [..., n_splits, D] and [..., n_splits]; one split: there."""
     if n_splits == 1:
         return out, lse
@@ -94,23 +93,39 @@ def _partial(out: Tensor, lse: Tensor, n_splits: int) -> tuple[Tensor, Tensor]:
             torch.empty((*lse.shape, n_splits), dtype=torch.float32, device=out.device))
 
 
-def _combine(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, n_splits: int) -> None:
-    """Merge what `_partial` gave, once filled, into out [..., D] and lse [...]."""
+def combine(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, n_splits: int) -> None:
+    """Merge what `partials` gave, once filled, into out [..., D] and lse [...]."""
     if n_splits == 1:
         return
     rows, D = lse.numel(), out.shape[-1]
-    # at most 32 numbers a lane, but no fewer than 16 columns (64 bytes), which with 128 splits makes 64
+    # at most 32 values a lane, but no fewer than 16 columns (64 bytes), which with 128 splits makes 64
     splits = min(triton.next_power_of_2(n_splits), 128)
     columns = min(max(1024 // splits, 16), triton.next_power_of_2(D), 128)
     _combine_kernel[(rows, triton.cdiv(D, columns))](partial, partial_lse, out, lse, n_splits, D=D, COLUMNS=columns,
-                                                     SPLITS=splits, num_warps=1, launch_pdl=DEPENDENT_LAUNCH)
+                                                     SPLITS=splits, num_warps=1, **pdl_options(out.device))
 
 
-def _block_d(D: int) -> int:
+def launch_splits(kernel: triton.JITFunction, q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float,
+                  n_splits: int, per_split: int, **options: object) -> tuple[Tensor, Tensor]:
+    """A kernel of sparse attention over n_splits splits of per_split tokens or tiles, and their results combined."""
+    B, Hq, D = q.shape
+    HEADS, K = indices.shape[1:]
+    out = torch.empty((B, Hq, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, Hq), dtype=torch.float32, device=q.device)
+    partial, partial_lse = partials(out, lse, n_splits)
+    kernel[(n_splits, B * HEADS)](
+        checked_rows(q), checked_rows(k_cache), checked_rows(v_cache), indices.contiguous(), partial, partial_lse,
+        scale * LOG2_E.value, K, n_splits, per_split, *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        HEADS=HEADS, HEADS_PER_KV=HEADS // k_cache.shape[1], G=Hq // HEADS, D=D, **pdl_options(q.device), **options)
+    combine(partial, partial_lse, out, lse, n_splits)
+    return out, lse
+
+
+def block_d(D: int) -> int:
     """Channels of a tile: tensor cores take no fewer than 16."""
     return max(16, triton.next_power_of_2(D))
 
 
-def _precision(q: Tensor) -> str:
-    """float32 is multiplied as float32; TF32 would lose what a float32 caller asks for."""
+def dot_precision(q: Tensor) -> str:
+    """float32 is multiplied as float32; TF32 would lose 13 bits of the mantissa."""
     return "ieee" if q.dtype == torch.float32 else "tf32"

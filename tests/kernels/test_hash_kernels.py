@@ -17,10 +17,8 @@ from hashfast import hash_attention as reference  # noqa: E402
 from hashfast import model  # noqa: E402
 from hashfast.hash_attention import HashConfig  # noqa: E402
 from hashfast.kernels import dense_attention as attention_kernels  # noqa: E402
-from hashfast.kernels import select as kernels  # noqa: E402
+from hashfast.kernels import encode, select, sparse_attention_ptx, split_kv  # noqa: E402
 from hashfast.kernels import sparse_attention as sparse_kernels  # noqa: E402
-from hashfast.kernels import split_kv  # noqa: E402
-from hashfast.kernels.encode import _rope_encode_append, rope_encode_append  # noqa: E402
 from hashfast.runtime import signatures  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -44,6 +42,16 @@ def assert_close(got: tuple, expected: tuple, dtype: torch.dtype) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- encode
+
+def append(qkv, cos, sin, encoder, *rest):
+    """`encode.rope_encode_append` with an encoder's tensors."""
+    if encoder is None:
+        return encode.rope_encode_append(qkv, cos, sin, None, None, None, None, *rest, 0, 0)[0], None
+    (key,), (query,) = encoder.key, encoder.query
+    q, planes = encode.rope_encode_append(qkv, cos, sin, key.weight, key.bias, query.weight, query.bias, *rest,
+                                          encoder.config.query_bits, encoder.config.planes(encoder.group))
+    return q, planes if qkv.shape[1] == 1 else None
+
 
 def angles(seq_lens: torch.Tensor, T: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:
     position = seq_lens[:, None] - T + torch.arange(T, device=DEVICE)
@@ -76,7 +84,7 @@ def test_rope_encode_append(config, T, D, dtype):
     expected_caches = [None if cache is None else cache.clone() for cache in caches]
     qkv = normal(B, T, (Hq + 2 * Hkv) * D, dtype=dtype)
     seq_lens = lengths(T, 17, S)
-    q, planes = rope_encode_append(qkv, *angles(seq_lens, T, D), encoder, *caches, seq_lens)
+    q, planes = append(qkv, *angles(seq_lens, T, D), encoder, *caches, seq_lens)
     expected_q, expected_planes = reference.rope_encode_append_reference(
         qkv, *angles(seq_lens, T, D), encoder, *expected_caches, seq_lens)
     rounding = {"rtol": ROUNDING[dtype], "atol": ROUNDING[dtype]}
@@ -104,7 +112,7 @@ def test_encoding_zero_queries():
     encoder = encoder_for(HashConfig(), 4, 2, 64)
     encoder.query[0].bias.zero_()
     caches = normal(1, 2, 8, 64), normal(1, 2, 8, 64), random_signatures(1, 2, 8, 1)
-    _, planes = rope_encode_append(torch.zeros(1, 1, 512, device=DEVICE), *angles(lengths(5), 1, 64), encoder, *caches,
+    _, planes = append(torch.zeros(1, 1, 512, device=DEVICE), *angles(lengths(5), 1, 64), encoder, *caches,
                                    lengths(5))
     assert (planes == 0).all()
 
@@ -125,7 +133,7 @@ def poison_unselected(cache: torch.Tensor, indices: torch.Tensor) -> None:
     cache.masked_fill_(~selected[..., :S].unflatten(1, (Hkv, -1)).any(dim=2)[..., None], float("nan"))
 
 
-def check_sparse(q, k_cache, v_cache, indices, scale=None, attend=sparse_kernels.sparse_attention):
+def check_sparse(q, k_cache, v_cache, indices, scale=0.125, attend=sparse_kernels.sparse_attention):
     got = attend(q, k_cache, v_cache, indices, scale)
     expected = reference.sparse_attention_reference(q.float(), k_cache.float(), v_cache.float(), indices, scale)
     assert_close(got, expected, q.dtype)
@@ -156,7 +164,7 @@ def test_sparse_splits(n_splits):
     """One split, several tiles a split, more splits than tiles; a second run gives the same."""
     q, k_cache, v_cache = normal(2, 6, 64), normal(2, 2, 400, 64), normal(2, 2, 400, 64)
     indices = random_indices(2, 2, 250, 400)
-    attend = partial(sparse_kernels._launch_in_tiles, block_k=32, n_splits=n_splits, num_warps=4, num_stages=2)
+    attend = partial(sparse_kernels.launch_tiles, block_k=32, n_splits=n_splits, num_warps=4, num_stages=2)
     first, second = (check_sparse(q, k_cache, v_cache, indices, 0.3, attend) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
@@ -174,7 +182,7 @@ def test_sparse_in_registers(n_splits, G, D, dtype):
     indices[1, 0, 30:] = -1
     for cache in (k_cache, v_cache):
         poison_unselected(cache, indices)
-    attend = partial(sparse_kernels._launch_in_registers, n_splits=n_splits)
+    attend = partial(sparse_attention_ptx.launch_registers, n_splits=n_splits)
     first, second = (check_sparse(q[:, :, 7], k_cache, v_cache, indices, 0.3, attend) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
@@ -187,9 +195,9 @@ def test_sparse_rows_at_odd_places():
 
 def test_which_rows_are_aligned():
     even = normal(2, 3, 8, 72, dtype=torch.float16)
-    assert sparse_kernels._aligned(even, even[..., 8:], strided_cache(2, 3, 8, 64, torch.float16))
-    assert not sparse_kernels._aligned(even, even[..., 1:])
-    assert not sparse_kernels._aligned(normal(2, 3, 8, 65, dtype=torch.float16))
+    assert sparse_attention_ptx.aligned(even, even[..., 8:], strided_cache(2, 3, 8, 64, torch.float16))
+    assert not sparse_attention_ptx.aligned(even, even[..., 1:])
+    assert not sparse_attention_ptx.aligned(normal(2, 3, 8, 65, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -210,7 +218,7 @@ def test_combine(rows, n_splits, D, dtype):
     parts = normal(rows, n_splits, D).masked_fill((lse == -torch.inf)[..., None], 0.0)
     guarded = torch.full((rows + 1, D), 7.0, dtype=dtype, device=DEVICE)
     out, out_lse = guarded[:rows], torch.empty_like(lse[:, 0])
-    split_kv._combine(parts, lse, out, out_lse, n_splits)
+    split_kv.combine(parts, lse, out, out_lse, n_splits)
     total = lse.logsumexp(1)
     weights = (lse - total[:, None]).exp().nan_to_num(0.0)
     assert_close((out, out_lse), ((weights[..., None] * parts).sum(1), total), dtype)
@@ -226,8 +234,8 @@ def test_no_shared_memory(monkeypatch, B, budget):
     q = normal(B, 32, 128, dtype=torch.bfloat16)
 
     def attend():
-        indices = kernels.select_tokens(*arguments, budget, 64, 128, budget, 0, (k_cache, v_cache))
-        sparse_kernels.sparse_attention(q, k_cache, v_cache, indices)
+        indices = select.select_tokens(*arguments, budget, None, budget, 64, 128, 0, k_cache, v_cache)
+        sparse_kernels.sparse_attention(q, k_cache, v_cache, indices, 0.125)
 
     assert shared_memory(monkeypatch, attend) == [
         ("_score_kernel", 0), ("_compact_kernel", 0), ("_register_attention_kernel", 0), ("_combine_kernel", 0)]
@@ -239,18 +247,18 @@ def test_no_shared_memory(monkeypatch, B, budget):
 def test_combine_without_shared_memory(monkeypatch, n_splits, D):
     parts, lse = normal(3, n_splits, D), normal(3, n_splits)
     out = normal(3, D, dtype=torch.bfloat16)
-    combine = partial(split_kv._combine, parts, lse, out, lse[:, 0].clone(), n_splits)
+    combine = partial(split_kv.combine, parts, lse, out, lse[:, 0].clone(), n_splits)
     assert shared_memory(monkeypatch, combine) == [("_combine_kernel", 0)]
 
 
 # ----------------------------------------------------------------------------------------------------------- attend: dense
 
-def check_dense(q, k_cache, v_cache, seq_lens, scale=None, **launch):
+def check_dense(q, k_cache, v_cache, seq_lens, scale=0.125, **launch):
     for b, length in enumerate(seq_lens.tolist()):
         k_cache[b, :, length:] = float("nan")
         v_cache[b, :, length:] = float("nan")
     if launch:
-        got = attention_kernels._launch_dense(q, k_cache, v_cache, seq_lens, scale, num_warps=4, num_stages=2, **launch)
+        got = attention_kernels.launch_dense(q, k_cache, v_cache, seq_lens, scale, num_warps=4, num_stages=2, **launch)
     else:
         got = attention_kernels.dense_attention(q, k_cache, v_cache, seq_lens, scale)
     expected = reference.dense_attention_reference(q.float(), k_cache.float(), v_cache.float(), seq_lens, scale)
@@ -287,10 +295,10 @@ def test_dense_queries_before_the_sequence():
 # --------------------------------------------------------------------------------------------------- operators and graphs
 
 def decode_step(qkv, encoder, k_cache, v_cache, signatures, seq_lens):
-    q, planes = rope_encode_append(qkv, *angles(seq_lens, 1, 64), encoder, k_cache, v_cache, signatures, seq_lens)
-    indices = kernels.select_tokens(planes, signatures, seq_lens, 48, 4, 8, 48, 0, (k_cache, v_cache))
-    sparse = sparse_kernels.sparse_attention(q[:, 0], k_cache, v_cache, indices)
-    dense = attention_kernels.dense_attention(q, k_cache, v_cache, seq_lens)
+    q, planes = append(qkv, *angles(seq_lens, 1, 64), encoder, k_cache, v_cache, signatures, seq_lens)
+    indices = select.select_tokens(planes, signatures, seq_lens, 48, None, 48, 4, 8, 0, k_cache, v_cache)
+    sparse = sparse_kernels.sparse_attention(q[:, 0], k_cache, v_cache, indices, 0.125)
+    dense = attention_kernels.dense_attention(q, k_cache, v_cache, seq_lens, 0.125)
     return indices, *sparse, *dense
 
 
@@ -305,18 +313,18 @@ def test_operators_are_well_formed():
     checks = ("test_schema", "test_faketensor")
     cos, sin = angles(seq_lens, 1, 64)
     weights = encoder.key[0].weight, encoder.key[0].bias, encoder.query[0].weight, encoder.query[0].bias
-    torch.library.opcheck(_rope_encode_append, (qkv, cos, sin, *weights, k_cache, v_cache, signatures, seq_lens, 4, 3),
+    torch.library.opcheck(encode.rope_encode_append, (qkv, cos, sin, *weights, k_cache, v_cache, signatures, seq_lens, 4, 3),
                           test_utils=checks)
-    torch.library.opcheck(_rope_encode_append, (qkv, cos, sin, None, None, None, None, k_cache, v_cache, None, seq_lens,
+    torch.library.opcheck(encode.rope_encode_append, (qkv, cos, sin, None, None, None, None, k_cache, v_cache, None, seq_lens,
                                                         0, 0), test_utils=checks)
     planes = random_planes(HashConfig(), 2, 2, 2)
     for caches in ((k_cache, v_cache), (None, None)):
-        torch.library.opcheck(kernels._select_tokens, (planes, signatures, seq_lens, 48, None, 4, 8, 60, 0, *caches),
+        torch.library.opcheck(select.select_tokens, (planes, signatures, seq_lens, 48, None, 60, 4, 8, 0, *caches),
                               test_utils=checks)
-    indices = kernels.select_tokens(planes, signatures, seq_lens, 48, 4, 8, 60, 0)
+    indices = select.select_tokens(planes, signatures, seq_lens, 48, None, 60, 4, 8, 0, None, None)
     q = normal(2, 1, 4, 64)
-    torch.library.opcheck(sparse_kernels._sparse_attention, (q[:, 0], k_cache, v_cache, indices, 0.125), test_utils=checks)
-    torch.library.opcheck(attention_kernels._dense_attention, (q, k_cache, v_cache, seq_lens, 0.125), test_utils=checks)
+    torch.library.opcheck(sparse_kernels.sparse_attention, (q[:, 0], k_cache, v_cache, indices, 0.125), test_utils=checks)
+    torch.library.opcheck(attention_kernels.dense_attention, (q, k_cache, v_cache, seq_lens, 0.125), test_utils=checks)
 
 
 def test_compiles_in_one_graph():
@@ -354,18 +362,18 @@ def test_offsets_over_32_bits(S: int = 2 ** 24, dtype: torch.dtype = torch.bfloa
     qkv, seq_lens = normal(2, 1, 3 * D, dtype=dtype), lengths(S, S)
     q, k, v = (x[:, None] for x in qkv.split(D, dim=-1))
     unrotated = torch.ones(2, 1, D // 2, device=DEVICE), torch.zeros(2, 1, D // 2, device=DEVICE)
-    rope_encode_append(qkv, *unrotated, None, k_cache, v_cache, None, seq_lens)
+    append(qkv, *unrotated, None, k_cache, v_cache, None, seq_lens)
     assert torch.equal(k_cache[:, :, -1:], k) and torch.equal(v_cache[:, :, -1:], v)
     newest = torch.full((2, 1, 1), S - 1, dtype=torch.int32, device=DEVICE)
-    assert torch.equal(sparse_kernels.sparse_attention(q[:, 0], k_cache, v_cache, newest)[0], v[:, 0])
+    assert torch.equal(sparse_kernels.sparse_attention(q[:, 0], k_cache, v_cache, newest, 0.125)[0], v[:, 0])
 
     k_cache[:, :, -tail:] = 8 * normal(2, 1, tail, D, dtype=dtype)  # large scores outweigh the many zeros before
     v_cache[:, :, -tail:] = normal(2, 1, tail, D, dtype=dtype)
     last = torch.arange(tail, dtype=torch.int32, device=DEVICE).expand(2, 1, tail)
-    got = sparse_kernels.sparse_attention(q[:, 0], k_cache, v_cache, last + (S - tail))
-    out, lse = attention_kernels.dense_attention(q, k_cache, v_cache, seq_lens)
+    got = sparse_kernels.sparse_attention(q[:, 0], k_cache, v_cache, last + (S - tail), 0.125)
+    out, lse = attention_kernels.dense_attention(q, k_cache, v_cache, seq_lens, 0.125)
     ends = (cache[:, :, -tail:].float() for cache in (k_cache, v_cache))
-    tail_out, tail_lse = reference.sparse_attention_reference(q[:, 0].float(), *ends, last)
+    tail_out, tail_lse = reference.sparse_attention_reference(q[:, 0].float(), *ends, last, 0.125)
     assert_close(got, (tail_out, tail_lse), dtype)
     # a prefix of zeros weighs exp(0) a row and adds nothing to the output
     prefix = torch.tensor(float(S - tail), device=DEVICE).log()
@@ -380,6 +388,6 @@ def test_signature_offsets_over_32_bits(S: int = 2 ** 24):
     signatures = torch.zeros(1, 33, S, 4, dtype=torch.int32, device=DEVICE)
     signatures[:, -1, -1000:] = random_signatures(1000, 4)
     planes = random_planes(HashConfig(bits=128), 1, 33, 2)
-    got = kernels.select_tokens(planes, signatures, lengths(S), 500, 1, 1, 500, 1)
+    got = select.select_tokens(planes, signatures, lengths(S), 500, None, 500, 1, 1, 1, None, None)
     expected = reference.select_tokens_reference(planes[:, -1:], signatures[:, -1:], lengths(S), 500, 1, 1, 500, 1)
     assert torch.equal(got[:, -1:], expected.sort(dim=-1).values)

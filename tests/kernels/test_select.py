@@ -14,22 +14,26 @@ from kernel_inputs import lengths, normal, random_planes, random_signatures, sha
 
 from hashfast import hash_attention as reference  # noqa: E402
 from hashfast.hash_attention import HashConfig  # noqa: E402
-from hashfast.kernels import select as kernels  # noqa: E402
+from hashfast.kernels import score  # noqa: E402
+from hashfast.kernels.score import CHUNK, Selection, blocks_per_row, launch_score  # noqa: E402
+from hashfast.kernels.select import launch_compact, select_tokens  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
 
+def launch_select(planes, signatures, seq_lens, selection, n_blocks=None, caches=None):
+    if n_blocks is None:
+        return select_tokens(planes, signatures, seq_lens, *selection, *(caches or (None, None)))
+    scored = launch_score(planes, signatures, seq_lens, selection, n_blocks)
+    return launch_compact(*scored, seq_lens, selection, n_blocks, caches)
+
+
 def check_select(planes, signatures, seq_lens, budget, sink, recent, K, shift, n_blocks=None):
     """Two runs, bit-equal, and the reference's set in ascending order."""
-    budgets = budget if isinstance(budget, torch.Tensor) else None
-
-    def select() -> torch.Tensor:
-        if n_blocks is None:
-            return kernels.select_tokens(planes, signatures, seq_lens, budget, sink, recent, K, shift)
-        return kernels._launch_select(planes, signatures, seq_lens, K if budgets is not None else budget, budgets, sink, recent,
-                                      K, shift, None, None, n_blocks)
-
-    first, second = select(), select()
+    selection = Selection(K, budget, K, sink, recent, shift) if isinstance(budget, torch.Tensor) else Selection(
+        budget, None, K, sink, recent, shift)
+    run = partial(launch_select, planes, signatures, seq_lens, selection, n_blocks)
+    first, second = run(), run()
     expected = reference.select_tokens_reference(planes, signatures, seq_lens, budget, sink, recent, K, shift)
     assert torch.equal(first, second)
     assert torch.equal(first, ascending(expected))
@@ -65,28 +69,26 @@ def test_select_across_blocks(n_blocks):
                                          (128, 2 ** 15), (128, 2 ** 17), (1024, 2 ** 17), (8, 2 ** 23)])
 def test_a_cache_slightly_longer_is_launched_alike(rows, S):
     """What is measured at a round context is what a step uses, whose cache has room for what it generates."""
-    assert kernels._blocks_per_row(rows, S, 128) == kernels._blocks_per_row(rows, S + 72, 128)
+    assert blocks_per_row(rows, S, 128) == blocks_per_row(rows, S + 72, 128)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 128, 1024])
 @pytest.mark.parametrize("S", [100, 5000, 2 ** 17 + 72, 2 ** 20, 2 ** 23 + 72, 2 ** 24])
 def test_counts_of_a_block_fit_16_bits(rows, S):
-    chunk = kernels._CHUNK.value
-    assert triton.cdiv(triton.cdiv(S, chunk), kernels._blocks_per_row(rows, S, 128)) * chunk < 2 ** 16
+    assert triton.cdiv(triton.cdiv(S, CHUNK), blocks_per_row(rows, S, 128)) * CHUNK < 2 ** 16
 
 
 def check_scores(planes, signatures, seq_lens, sink, recent, n_blocks, shift):
     """The bins of the tokens that compete, and how many there are in each block, [8 x 8] or beyond."""
     B, Hs, _, _ = signatures.shape
-    limits = (None, sink + recent + 1, sink + recent + 1, sink, recent)
-    bins, counts = (x.cpu() for x in kernels._launch_score(planes, signatures, seq_lens, limits, shift, n_blocks))
+    selection = Selection(sink + recent + 1, None, sink + recent + 1, sink, recent, shift)
+    bins, counts = (x.cpu() for x in launch_score(planes, signatures, seq_lens, selection, n_blocks))
     expected = reference.score_bins(reference.score_reference(planes, signatures), planes, shift).cpu()
     for row in range(B * Hs):
         low, high = sink, int(seq_lens[row // Hs]) - recent
         here = expected[row // Hs, row % Hs]
         assert torch.equal(bins[row, low:high].int(), here[low:high])
-        chunk = kernels._CHUNK.value
-        per_block = triton.cdiv(triton.cdiv(high, n_blocks), chunk) * chunk
+        per_block = triton.cdiv(triton.cdiv(high, n_blocks), CHUNK) * CHUNK
         for block in range(n_blocks):
             competing = here[max(low, block * per_block):min(high, (block + 1) * per_block)]
             table = torch.bincount(competing, minlength=64).view(8, 8)
@@ -118,8 +120,8 @@ def test_first_tokens_take_whole_chunks(sink, n_blocks):
 def test_all_blocks_have_work():
     """At a round context and slightly beyond: the last tokens, which do not compete, take no chunk of their own."""
     planes, signatures = random_planes(HashConfig(), 3, 1, 2), random_signatures(3, 1, 4168, 1)
-    limits = (None, 500, 500, 4, 128)
-    _, counts = kernels._launch_score(planes, signatures, lengths(4096, 4097, 4168), limits, 0, 2)
+    selection = Selection(500, None, 500, 4, 128, 0)
+    _, counts = launch_score(planes, signatures, lengths(4096, 4097, 4168), selection, 2)
     competing = counts[:, 0, :, 0]  # in the first eight bins or beyond
     assert competing.tolist() == [[2044, 1920], [2044, 1921], [2044, 1992]]
 
@@ -162,10 +164,11 @@ def test_select_beyond_the_cache():
 def test_select_ignores_what_lies_past_the_length():
     config = HashConfig()
     planes, signatures, seq_lens = random_planes(config, 2, 2, 2), random_signatures(2, 2, 600, 1), lengths(333, 418)
-    before = kernels.select_tokens(planes, signatures, seq_lens, 64, 4, 4, 64, 0)
+    select = partial(launch_select, planes, signatures, seq_lens, Selection(64, None, 64, 4, 4, 0))
+    before = select()
     for b, length in enumerate(seq_lens.tolist()):
         signatures[b, :, length:] = random_signatures(2, 600 - length, 1)
-    assert torch.equal(before, kernels.select_tokens(planes, signatures, seq_lens, 64, 4, 4, 64, 0))
+    assert torch.equal(before, select())
 
 
 def test_select_in_rows_that_memory_goes_past():
@@ -174,9 +177,9 @@ def test_select_in_rows_that_memory_goes_past():
     rows = random_signatures(2, 2, 704, 1)
     for S, readable in ((700, 704), (689, 704), (688, 688), (704, 704)):
         signatures = rows[:, :, :S]
-        assert kernels._readable(signatures) == readable
+        assert score.readable_tokens(signatures) == readable
         check_select(planes, signatures, lengths(S, 300), 150, 5, 20, 150, 0)
-    assert kernels._readable(rows[:, :, 4:701]) == 697  # rounded up, it would end after the last row
+    assert score.readable_tokens(rows[:, :, 4:701]) == 697  # rounded up, it would end after the last row
     check_select(planes, rows[:, :, 4:701], lengths(697, 300), 150, 5, 20, 150, 0)
 
 
@@ -188,8 +191,8 @@ def test_select_asks_for_rows(group, D, dtype):
     caches = normal(3, 2, 900, D, dtype=dtype), strided_cache(3, 2, 900, D, dtype)
     planes, signatures = random_planes(HashConfig(), 3, 2 * group, 1), random_signatures(3, 2 * group, 900, 1)
     for budget in (128, 640):
-        arguments = planes, signatures, lengths(1, 300, 900), budget, 16, 33, budget, 0
-        assert torch.equal(kernels.select_tokens(*arguments, caches), kernels.select_tokens(*arguments))
+        select = partial(launch_select, planes, signatures, lengths(1, 300, 900), Selection(budget, None, budget, 16, 33, 0))
+        assert torch.equal(select(caches=caches), select())
 
 
 @gpu_only
@@ -198,7 +201,7 @@ def test_select_asks_for_rows(group, D, dtype):
 def test_selecting_without_shared_memory(monkeypatch, n_blocks, words):
     config = HashConfig(bits=32 * words)
     planes, signatures = random_planes(config, 1, 2, 4), random_signatures(1, 2, 8192, words)
-    select = partial(kernels._launch_select, planes, signatures, lengths(8000), 500, None, 64, 128, 500, 0, None, None)
+    select = partial(launch_select, planes, signatures, lengths(8000), Selection(500, None, 500, 64, 128, 0))
     assert shared_memory(monkeypatch, partial(select, n_blocks)) == [("_score_kernel", 0), ("_compact_kernel", 0)]
 
 
@@ -206,7 +209,7 @@ def test_selecting_without_shared_memory(monkeypatch, n_blocks, words):
 def test_selection_replayed_at_other_lengths():
     """Over several blocks; what longer sequences left in memory does not count."""
     planes, signatures, seq_lens = random_planes(HashConfig(), 2, 2, 4), random_signatures(2, 2, 5000, 1), lengths(4900, 4900)
-    select = partial(kernels._launch_select, planes, signatures, seq_lens, 200, None, 4, 8, 200, 0, None, None, 3)
+    select = partial(launch_select, planes, signatures, seq_lens, Selection(200, None, 200, 4, 8, 0), 3)
     select()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
