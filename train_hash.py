@@ -40,7 +40,6 @@ from hashfast.common import (
 )
 from hashfast.hash_attention import HashConfig, HashEncoder, select_tokens_reference
 from hashfast.model import Fingerprint, Transformer
-from hashfast.ops.prompt_attention import causal_attention
 from hashfast.research.budgets import UNIT, calibrate, curve_units
 from hashfast.research.needles import make_needle
 from hashfast.research.recipes import RECIPES, Recipe
@@ -136,8 +135,7 @@ def capture(model: Transformer, sequences: list[Sequence]) -> Iterator[tuple[lis
         queries, keys, values = [], [], []
         for i, x in enumerate(hidden):
             cos, sin = model.rope(torch.arange(x.shape[1], device=device)[None])
-            q, k, v = block.attention.project(block.attention_norm(x), cos, sin)
-            hidden[i] = block.finish(x, causal_attention(q, k, v))
+            hidden[i], q, k, v = block.prompt(x, cos, sin)
             queries.append(q[0].transpose(0, 1).contiguous())
             keys.append(k[0].contiguous())
             values.append(v[0].contiguous())

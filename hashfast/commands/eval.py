@@ -46,7 +46,7 @@ from hashfast.common import (
 )
 from hashfast.model import Transformer
 from hashfast.research.needles import TASKS, Needle, make_needle
-from hashfast.research.selectors import SELECTORS, Method, Selector, dot_products, make_methods
+from hashfast.research.selectors import SELECTORS, Method, Observers, Selector, dot_products, make_methods
 from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.decode import Decoder, prefill
 from hashfast.runtime.prompts import read_text
@@ -126,6 +126,8 @@ class DecodeEvaluator:
     @torch.inference_mode()
     def read(self, prompts: list[Tensor]) -> None:
         """Prefill one cache row with each of up to `batch` prompts, int64 [T] each, and let every selector summarise them."""
+        for attention, *selectors in zip(self.attentions, *(method.layers for method in self.methods), strict=True):
+            attention.selector = Observers([selector for selector in selectors if selector is not None])
         for row, ids in enumerate(prompts):
             if len(ids) == 0:
                 continue
