@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from hashfast.common import Parser, UserError, check_device, default_device
 from hashfast.model import Transformer
-from hashfast.ops.prompt_attention import causal_attention
 from hashfast.ops.quant_linear import GROUPSIZES, Quantization, is_int8, quantize_int4, quantize_int8
 from hashfast.runtime.checkpoint import QUANT_METHOD, load_model, load_quantization, plan_loading, read_tensors
 from hashfast.runtime.prompts import read_text
@@ -180,8 +179,7 @@ def perplexity(model: Transformer, windows: list[Tensor], task: str) -> float:
         ids = ids.to(device)
         x, cos, sin = model.embed(ids[None], torch.arange(len(ids), device=device)[None])
         for layer in model.layers:
-            q, k, v, _ = layer.project(x, cos, sin)
-            x = layer.finish(x, causal_attention(q, k, v))
+            x = layer.prompt(x, cos, sin)[0]
         for hidden, following in zip(x[0, :-1].split(256), ids[1:].split(256), strict=True):  # all logits would fill memory
             logprobs = model.logits(hidden[None])[0].float().log_softmax(dim=-1)
             total -= logprobs.gather(-1, following[:, None]).sum().item()

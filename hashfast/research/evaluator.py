@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from hashfast.common import UserError
 from hashfast.model import Transformer
-from hashfast.research.selectors import Method, make_methods
+from hashfast.research.selectors import Method, Observers, make_methods
 from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.decode import Decoder, prefill
 from hashfast.runtime.prompts import read_text
@@ -115,6 +115,8 @@ class DecodeEvaluator:
     @torch.inference_mode()
     def read(self, prompts: list[Tensor]) -> None:
         """Prefill one cache row with each of up to `batch` prompts, int64 [T] each; every selector summarises them."""
+        for attention, *selectors in zip(self.attentions, *(method.layers for method in self.methods), strict=True):
+            attention.selector = Observers([selector for selector in selectors if selector is not None])
         for row, ids in enumerate(prompts):
             if len(ids) == 0:
                 continue

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hashfast.common import UserError
 from hashfast.hash_attention import HashConfig, HashEncoder, select_tokens
-from hashfast.model import Attention, Transformer
+from hashfast.model import Transformer
 from hashfast.research.budgets import budgets_for
 from hashfast.runtime.signatures import load_signatures, random_encoders
 
@@ -63,6 +63,9 @@ class Selector(nn.Module):
         """Tokens that the layers attend to on average from now on, in texts of `context` tokens."""
         self.budget = budget
 
+    def observe(self, q: Tensor, k: Tensor, row: int, start: int) -> None:
+        """A part of sequence `row`'s prompt at position `start` is read. q [1, T, Hq, D], k [1, Hkv, T, D] after RoPE."""
+
     def build(self, k: Tensor, row: int, length: int) -> None:
         """Summarise the prompt of sequence `row`, the first `length` > 0 of its keys. k [B, Hkv, S, D].
 
@@ -76,6 +79,18 @@ class Selector(nn.Module):
     def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
         """Float32 [B, Hs, S]; what stands at and past seq_lens does not count."""
         raise NotImplementedError
+
+
+class Observers(Selector):
+    """Stands in for a layer's selector while a prompt is read, so that several selectors observe it."""
+
+    def __init__(self, selectors: list[Selector]) -> None:
+        super().__init__(0, 0)
+        self.selectors = nn.ModuleList(selectors)
+
+    def observe(self, q: Tensor, k: Tensor, row: int, start: int) -> None:
+        for selector in self.selectors:
+            selector.observe(q, k, row, start)
 
 
 def signature_cache(encoder: HashEncoder, k: Tensor) -> Tensor:
@@ -210,8 +225,7 @@ class DoubleSparsity(Selector):
     """
     share = "query"
 
-    def __init__(self, sink: int, recent: int, k: Tensor, attention: Attention) -> None:
-        """attention: the layer's, whose `prefill` is made to tell this selector of its queries."""
+    def __init__(self, sink: int, recent: int, k: Tensor) -> None:
         super().__init__(sink, recent)
         B, Hkv, S, D = k.shape
         count = max(1, D // 8)
@@ -220,12 +234,9 @@ class DoubleSparsity(Selector):
         self.register_buffer("channels", torch.zeros(B, Hkv, count, dtype=torch.int64, device=k.device), persistent=False)
         self.register_buffer("labels", torch.zeros(B, Hkv, S, count, dtype=k.dtype, device=k.device), persistent=False)
 
-        def prefill(q: Tensor, k: Tensor, v: Tensor, row: int, start: int) -> Tensor:
-            size = q[0].abs().sum(dim=0, dtype=torch.float32).unflatten(0, (Hkv, -1)).sum(dim=1)
-            self.query_size[row] = size if start == 0 else self.query_size[row] + size
-            return Attention.prefill(attention, q, k, v, row, start)
-
-        attention.prefill = prefill
+    def observe(self, q: Tensor, k: Tensor, row: int, start: int) -> None:
+        size = q[0].abs().sum(dim=0, dtype=torch.float32).unflatten(0, (k.shape[1], -1)).sum(dim=1)
+        self.query_size[row] = size if start == 0 else self.query_size[row] + size
 
     def build(self, k: Tensor, row: int, length: int) -> None:
         size = k[row, :, :length].abs().sum(dim=1, dtype=torch.float32) * self.query_size[row]  # sums rank as means do
@@ -290,7 +301,8 @@ def make_methods(names: list[str], model: Transformer, sink: int, recent: int, s
     caches = [layer.attention.cache.k for layer in model.layers]
     dense = [None] * min(dense_layers, len(caches))
     fingerprint = model.fingerprint()
-    plain = {"oracle": Oracle, "oracle_group": OracleGroup, "oracle_max": OracleMax, "quest": Quest}
+    plain = {"oracle": Oracle, "oracle_group": OracleGroup, "oracle_max": OracleMax, "quest": Quest,
+             "double_sparsity": DoubleSparsity}
     methods = []
 
     @functools.cache
@@ -325,8 +337,6 @@ def make_methods(names: list[str], model: Transformer, sink: int, recent: int, s
             add(name, [Streaming(sink, recent) for _ in caches])
         elif name == "random":
             add(name, [Random(sink, recent, seed * len(caches) + i) for i in range(len(caches))])
-        elif name == "double_sparsity":
-            add(name, [DoubleSparsity(sink, recent, layer.attention.cache.k, layer.attention) for layer in model.layers])
         else:
             add(name, [plain[name](sink, recent, k) for k in caches])
     return methods

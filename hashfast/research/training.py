@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from hashfast.common import UserError
 from hashfast.hash_attention import HashEncoder
 from hashfast.model import Transformer
-from hashfast.ops.prompt_attention import causal_attention
 from hashfast.research.data import Sequence
 from hashfast.research.recipes import RECIPES
 from hashfast.runtime.signatures import round_weights
@@ -54,8 +53,7 @@ def capture(model: Transformer, sequences: list[Sequence]) -> Iterator[tuple[lis
         queries, keys, values = [], [], []
         for i, x in enumerate(hidden):
             cos, sin = model.rope(torch.arange(x.shape[1], device=device)[None])
-            q, k, v = block.attention.project(block.attention_norm(x), cos, sin)
-            hidden[i] = block.finish(x, causal_attention(q, k, v))
+            hidden[i], q, k, v = block.prompt(x, cos, sin)
             queries.append(q[0].transpose(0, 1).contiguous())
             keys.append(k[0].contiguous())
             values.append(v[0].contiguous())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import gpu_only
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,15 +35,14 @@ B, HQ, HKV, S, D = 2, 6, 2, 200, 32
 SINK, RECENT, BUDGET = 4, 10, 40
 ARGS = ModelArgs(1, HQ * D, HQ, HKV, D, 8, 10, 1e-5, 1e4)
 NAMES = ("hash", "hash_query", "oracle", "oracle_group", "oracle_max", "streaming", "quest", "double_sparsity", "random")
-PLAIN = {"oracle": Oracle, "oracle_group": OracleGroup, "oracle_max": OracleMax, "quest": Quest}
+PLAIN = {"oracle": Oracle, "oracle_group": OracleGroup, "oracle_max": OracleMax, "quest": Quest,
+         "double_sparsity": DoubleSparsity}
 
 
 def make(name: str, k: torch.Tensor) -> Selector:
     if name.startswith("hash"):
         config = HashConfig(share="query" if name == "hash_query" else "kv")
         return Hash(SINK, RECENT, random_encoders(config, Fingerprint(1, HQ, HKV, D, 1e4, 10))[0], k)
-    if name == "double_sparsity":
-        return DoubleSparsity(SINK, RECENT, k, Attention(ARGS))
     if name in PLAIN:
         return PLAIN[name](SINK, RECENT, k)
     return Streaming(SINK, RECENT) if name == "streaming" else Random(SINK, RECENT, seed=3)
@@ -236,12 +236,14 @@ def test_double_sparsity_is_told_of_the_prompts_queries() -> None:
     generator = torch.Generator().manual_seed(1)
     attention = Attention(ARGS)
     attention.cache = KVCache(B, S, ARGS, None, torch.device("cpu"), torch.float32)
-    selector = DoubleSparsity(SINK, RECENT, attention.cache.k, attention)
+    selector = attention.selector = DoubleSparsity(SINK, RECENT, attention.cache.k)
     q, k = torch.randn(2, 90, HQ, D, generator=generator), torch.randn(2, HKV, 90, D, generator=generator)
     for prompt in (0, 1):  # the second one replaces the first
         for start, end in ((0, 64), (64, 90)):
-            part = (q[prompt:prompt + 1, start:end], *[k[prompt:prompt + 1, :, start:end]] * 2, 1, start)
-            assert torch.equal(attention.prefill(*part), Attention.prefill(attention, *part))
+            padding = torch.randn(1, 3, HQ, D, generator=generator)
+            queries = torch.cat((q[prompt:prompt + 1, start:end], padding), dim=1)  # padding is not observed
+            keys = F.pad(k[prompt:prompt + 1, :, start:end], (0, 0, 0, 3))
+            attention.prefill(queries, keys, keys, None, 1, start, end - start)
     torch.testing.assert_close(selector.query_size[1], q[1].abs().sum(dim=0).unflatten(0, (HKV, -1)).sum(dim=1))
     assert not selector.query_size[0].any()
 
