@@ -5,7 +5,7 @@ STEP = {"model": "m", **SIZES, "attention": "dense", "sparsity": 1, "ms_per_step
         "compile_s": 3.0}
 CASE = {**SIZES, "sparsity": 32, "mode": "default", "encode_us": 5.0, "total_us": 20.0, "floor_us": 2.0}
 PEERS = {"dense_best_us": 50.0, "dense_best": "cudnn", "dense_gb_s": 4000.0, "flash_us": 60.0, "flex_us": None}
-JUDGED = {"model": "m", "context": 8192, "selector": "hash", "recipe": "listwise", "bits": 32, "share": "kv", "ratio": 16,
+MEASURED = {"model": "m", "context": 8192, "selector": "hash", "recipe": "listwise", "bits": 32, "share": "kv", "ratio": 16,
           "budget": 512, "exact": 3, "samples": 4, "bytes_per_token": 4.0, "nll_difference": 0.25}
 ROWS = {  # table: its rows, and cells that must come of them
     "attention": ([CASE | PEERS, CASE | {"mode": "hashattention", "total_us": 33.0}],
@@ -22,12 +22,12 @@ ROWS = {  # table: its rows, and cells that must come of them
                     "dense_ms": 4.0}], ["4", "6.00", "1.50"]),
     "parity": ([{**SIZES, "feature": "int8", "model": "m", "attention": "hash", "ms_per_token": 3.0, "baseline_ms": 5.0,
                  "ratio": 0.6, "note": "random weights"}], ["int8", "3.00", "5.00", "0.60", "random weights"]),
-    "ppl": ([JUDGED | {"ppl_ratio": 1.25, "per_text": {"a": 1.5, "b": 1.0}}],
+    "ppl": ([MEASURED | {"ppl_ratio": 1.25, "per_text": {"a": 1.5, "b": 1.0}}],
             ["hash (listwise, 32 bit)", "512 of 8192", "1.250", "1.000 - 1.500"]),
-    "needles": ([JUDGED | {"task": "uuids"}, JUDGED | {"task": "single", "exact": 4},
-                 JUDGED | {"task": "uuids", "selector": "hash_calibrated", "share": "query"}],
+    "needles": ([MEASURED | {"task": "uuids"}, MEASURED | {"task": "single", "exact": 4},
+                 MEASURED | {"task": "uuids", "selector": "hash_calibrated", "share": "query"}],
                 ["3/4 (+0.25)", "4/4 (+0.25)", "7/8", "4", "hash calibrated (listwise, 32 bit, one per query head)"]),
-    "grid": ([JUDGED | {"depth": depth} for depth in (0, 50)], ["1/16", "6/8"]),
+    "grid": ([MEASURED | {"depth": depth} for depth in (0, 50)], ["1/16", "6/8"]),
     "ablations": ([{"name": "64 bits", "bytes_per_token": 8.0, "ratio": ratio, "mass_books": 0.5 + ratio / 64,
                     "mass_needles": 0.25} for ratio in (16, 32)], ["64 bits", "8", "0.750", "1.000", "0.250"]),
     "quickstart": ([{"device": "cpu", "attention": "hash", "prompt_tokens": 6000, "budget": 384, "decode_tok_s": 20.0,

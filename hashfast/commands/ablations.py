@@ -5,37 +5,17 @@
 The rows are means over the layers done so far, written after each layer.
 """
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
-from hashfast.common import (
-    Parser,
-    UserError,
-    atomic_path,
-    check_device,
-    check_writable,
-    command_line,
-    default_device,
-    environment,
-)
-from hashfast.research.ablations import RATIOS, VARIANTS, ablate
+from hashfast.common import Parser, UserError, check_device, check_writable, default_device, environment
+from hashfast.research.ablations import VARIANTS, ablate
 from hashfast.research.data import DataConfig, read_texts
+from hashfast.research.report import ablations_table, save_results
 from hashfast.research.training import TrainConfig, check_model
 from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.tokenizer import Tokenizer
-
-
-def table(rows: list[dict]) -> str:
-    kinds = [key for key in rows[0] if key.startswith("mass_")]
-    lines = [f"{'variant':20} " + "  ".join(f"{kind.removeprefix('mass_')}: " + ", ".join(f"1/{r}" for r in RATIOS)
-                                            for kind in kinds) + "   bytes per token and KV head"]
-    for i in range(0, len(rows), len(RATIOS)):
-        group = rows[i:i + len(RATIOS)]
-        masses = "    ".join("  ".join(f"{row[kind]:.3f}" for row in group) for kind in kinds)
-        lines.append(f"{group[0]['name']:20} {masses}   {group[0].get('bytes_per_token', 0):g}")
-    return "\n".join(lines)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -81,7 +61,5 @@ def main() -> None:
         if args.json is not None:
             about = {"model": args.checkpoint_path.resolve().name, "context": args.context, "layers": layers[:done],
                      "steps": args.steps, "sequences": args.sequences, "seed": args.seed}
-            with atomic_path(args.json) as beside:
-                result = {**measured, "command": command_line(), **about, "rows": rows}
-                beside.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(rows))
+            save_results(args.json, measured | about, rows)
+    print(ablations_table(rows))

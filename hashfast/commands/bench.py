@@ -14,7 +14,6 @@ Attention times are medians of CUDA-graph replays over as many copies of the cac
 the layers of a model do. A floor is the bytes that must be read over the copy bandwidth measured in the same run.
 """
 import argparse
-import json
 import math
 import re
 import sys
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hashfast.common import ROOT, Parser, UserError, atomic_path, check_writable, command_line, environment
+from hashfast.common import ROOT, Parser, UserError, check_writable, environment
 from hashfast.hash_attention import HashConfig, dense_attention, rope_encode_append, sparse_attention
 from hashfast.model import Fingerprint
 from hashfast.research.latency import (
@@ -43,7 +42,7 @@ from hashfast.research.latency import (
 )
 from hashfast.research.parity import compare
 from hashfast.research.plots import plot
-from hashfast.research.report import print_table, report
+from hashfast.research.report import print_table, report, save_results
 from hashfast.runtime import distributed
 from hashfast.runtime.checkpoint import PRESETS
 from hashfast.runtime.decode import PREFILL_CHUNK
@@ -174,21 +173,13 @@ def attention(options: argparse.Namespace) -> Iterator[dict]:
 
 # --------------------------------------------------------------------------------------------------------------- command
 
-def save(path: Path, about: dict[str, str], rows: list[dict]) -> None:
-    ranks = distributed.world_size()
-    launch = ["torchrun", "--nproc_per_node", str(ranks)] if ranks > 1 else ["python"]
-    result = {**about, "command": command_line(*launch), "rows": rows}
-    with atomic_path(path) as beside:
-        beside.write_text(json.dumps(result, indent=1) + "\n")
-
-
 def sizes(names: str) -> Callable[[str], str]:
-    """An argparse type: whole numbers from 1 on with an x between them, one for each of `names`, which are written so too."""
+    """An argparse type: integers from 1 on joined by x, one for each of `names`, which are joined by " x "."""
     pattern = "x".join(r"[1-9]\d*" for _ in names.split(" x "))
 
     def check(text: str) -> str:
         if re.fullmatch(pattern, text) is None:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {names}, whole numbers with an x between them")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {names}, integers joined by x")
         return text
     return check
 
@@ -205,50 +196,39 @@ def at_least_1(number: type) -> Callable[[str], float]:
 
 
 def parse_options() -> argparse.Namespace:
+    rows, model, steps = (Parser(add_help=False) for _ in range(3))
+    rows.add_argument("--json", type=Path, help="write the rows here, as they come")
+    model.add_argument("--model", default="llama-3.1-8b", choices=PRESETS, help="preset, random weights")
+    model.add_argument("--sparsity", type=at_least_1(float), default=32)
+    steps.add_argument("--steps", type=at_least_1(int), default=50, help="tokens decoded")
+    shapes = {"nargs": "+", "type": sizes("batch x context"), "help": "batch x context"}
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    part = commands.add_parser("attention", help="one layer's attention, by stage")
+    part = commands.add_parser("attention", parents=[rows], help="one layer's attention, by stage")
     part.add_argument("--cases", nargs="+", type=sizes("batch x context x sparsity"), default=CASES,
                       help="batch x context x sparsity")
     part.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     part.add_argument("--heads", nargs=3, type=at_least_1(int), default=(32, 8, 128), metavar=("HQ", "HKV", "D"))
-    part.add_argument("--json", type=Path, help="write the rows here")
-    part = commands.add_parser("decode", help="whole decode steps")
-    part.add_argument("--model", default="llama-3.1-8b", choices=PRESETS, help="preset, random weights")
+    part = commands.add_parser("decode", parents=[model, steps, rows], help="whole decode steps")
     part.add_argument("--checkpoint_path", type=Path, help="a model of real weights instead")
-    part.add_argument("--shapes", nargs="+", type=sizes("batch x context"), help="batch x context",
-                      default=["1x32768", "1x131072", "8x32768", "4x131072", "16x32768"])
+    part.add_argument("--shapes", default=["1x32768", "1x131072", "8x32768", "4x131072", "16x32768"], **shapes)
     part.add_argument("--attention", nargs="+", choices=("dense", "hash"), default=["dense", "hash"])
-    part.add_argument("--sparsity", type=at_least_1(float), default=32)
     part.add_argument("--quantize", choices=("int8", "int4"), help="weights of this many bits (int4: groups of 32)")
-    part.add_argument("--steps", type=at_least_1(int), default=50)
     part.add_argument("--no_warm_start", dest="warm_start", action="store_false",
                       help="do not start the first shape again in a second process")
     part.add_argument("--nccl", action="store_true", help="between ranks: all-reduces by NCCL, to compare with")
-    part.add_argument("--json", type=Path)
-    part = commands.add_parser("speculate", help="rounds of self-speculative decoding")
-    part.add_argument("--model", default="llama-3.1-8b", choices=PRESETS)
-    part.add_argument("--shapes", nargs="+", type=sizes("batch x context"), default=["1x131072", "4x131072"],
-                      help="batch x context")
+    part = commands.add_parser("speculate", parents=[model, rows], help="rounds of self-speculative decoding")
+    part.add_argument("--shapes", default=["1x131072", "4x131072"], **shapes)
     part.add_argument("--k", nargs="+", type=at_least_1(int), default=[2, 4, 6, 8], help="drafted tokens per round")
-    part.add_argument("--sparsity", type=at_least_1(float), default=32)
-    part.add_argument("--steps", type=at_least_1(int), default=20)
-    part.add_argument("--json", type=Path)
+    part.add_argument("--steps", type=at_least_1(int), default=20, help="rounds")
     for name, about in (("prefill", "reading a prompt"), ("latency", "time to the first token and per token")):
-        part = commands.add_parser(name, help=about)
-        part.add_argument("--model", default="llama-3.1-8b", choices=PRESETS)
+        part = commands.add_parser(name, parents=[model, steps, rows], help=about)
         part.add_argument("--context", nargs="+", type=at_least_1(int), default=[8192, 32768, 131072, 524288])
         part.add_argument("--chunk", type=at_least_1(int), default=PREFILL_CHUNK["cuda"], help="prompt tokens read at a time")
-        part.add_argument("--sparsity", type=at_least_1(float), default=32)
-        part.add_argument("--steps", type=at_least_1(int), default=50, help="tokens decoded")
-        part.add_argument("--json", type=Path)
-    part = commands.add_parser("ragged", help="prompts of different lengths decoded together, and one by one")
-    part.add_argument("--model", default="llama-3.1-8b", choices=PRESETS)
+    part = commands.add_parser("ragged", parents=[model, steps, rows],
+                               help="prompts of different lengths decoded together, and one by one")
     part.add_argument("--lengths", nargs="+", type=at_least_1(int),
                       default=[1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768])
-    part.add_argument("--sparsity", type=at_least_1(float), default=32)
-    part.add_argument("--steps", type=at_least_1(int), default=50)
-    part.add_argument("--json", type=Path)
     part = commands.add_parser("plot", help="PNGs from results files")
     part.add_argument("files", nargs="+", type=Path)
     part = commands.add_parser("parity", help="one results file of what each feature takes, from others")
@@ -303,7 +283,8 @@ def main() -> None:
         rows.append(row)
         print_table([row], header=len(rows) == 1)
         if options.json is not None and distributed.rank() == 0:  # as they come, for a run that ends early
-            save(options.json, about, rows)
+            ranks = distributed.world_size()
+            save_results(options.json, about, rows, *(["torchrun", "--nproc_per_node", str(ranks)] if ranks > 1 else []))
     if not rows:
         raise UserError(f"nothing of bench {options.command} fits into this GPU's memory; give smaller shapes")
 

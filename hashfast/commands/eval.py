@@ -16,25 +16,15 @@ lm       tasks of lm-evaluation-harness: the prompt is read densely but for its 
 Every selector has the same budget, and one dense prefill of a text serves them all. --batch_size texts are decoded together.
 """
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from hashfast.common import (
-    Parser,
-    UserError,
-    atomic_path,
-    can_compile,
-    check_device,
-    check_writable,
-    command_line,
-    default_device,
-    environment,
-)
+from hashfast.common import Parser, UserError, can_compile, check_device, check_writable, default_device, environment
 from hashfast.research.evaluator import EvalConfig
 from hashfast.research.needles import TASKS
 from hashfast.research.recall import recall
+from hashfast.research.report import save_results
 from hashfast.research.selectors import SELECTORS
 from hashfast.research.tasks import grid, needles, ppl
 
@@ -56,42 +46,35 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--compile", action="store_true", help="compile the blocks of every decode step; pays off for few selectors")
     add("--json", type=Path, help="write the rows here, as they come")
-    data = {"type": Path, "nargs": "+", "required": True, "help": "text files that no signature was trained on"}
-    context = {"type": int, "default": 8192, "help": "tokens of each text or document, the decoded ones included"}
-    dense_layers = {"type": int, "default": 0, "help": "first layers that attend to everything, whatever the selector"}
+    data, context, dense = (Parser(add_help=False) for _ in range(3))
+    data.add_argument("--data", type=Path, nargs="+", required=True, help="text files that no signature was trained on")
+    context.add_argument("--context", type=int, default=8192, help="tokens of each text or document, the decoded ones included")
+    dense.add_argument("--dense_layers", type=int, default=0,
+                       help="first layers that attend to everything, whatever the selector")
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    part = commands.add_parser("ppl", parents=[shared], help="teacher-forced perplexity of long texts")
-    part.add_argument("--data", **data)
-    part.add_argument("--context", **context)
+    part = commands.add_parser("ppl", parents=[shared, data, context, dense], help="teacher-forced perplexity of long texts")
     part.add_argument("--last", type=int, default=512, help="tokens that are scored, each after one decode step")
-    part.add_argument("--dense_layers", **dense_layers)
-    part = commands.add_parser("needles", parents=[shared], help="synthetic retrieval")
-    part.add_argument("--data", **data)
-    part.add_argument("--context", **context)
+    part = commands.add_parser("needles", parents=[shared, data, context, dense], help="synthetic retrieval")
     part.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     part.add_argument("--samples", type=int, default=32, help="documents per task")
-    part.add_argument("--dense_layers", **dense_layers)
-    part = commands.add_parser("grid", parents=[shared], help="a single needle by context and depth; a PNG beside --json")
-    part.add_argument("--data", **data)
+    part = commands.add_parser("grid", parents=[shared, data, dense],
+                               help="a single needle by context and depth; a PNG beside --json")
     part.add_argument("--contexts", type=int, nargs="+", default=[8192, 16384, 32768], help="tokens of a document")
     part.add_argument("--depths", type=int, nargs="+", default=[0, 25, 50, 75, 100], help="percent of the document before it")
     part.add_argument("--samples", type=int, default=4, help="documents per context and depth")
-    part.add_argument("--dense_layers", **dense_layers)
-    part = commands.add_parser("recall", parents=[shared], help="attention recall, by layer and head; a PNG beside --json")
-    part.add_argument("--data", **data)
-    part.add_argument("--context", **context)
+    part = commands.add_parser("recall", parents=[shared, data, context],
+                               help="attention recall, by layer and head; a PNG beside --json")
     part.add_argument("--last", type=int, default=64, help="tokens whose attention is looked at")
     part.add_argument("--top", type=int, default=64, help="recall of this many tokens, outside sink and recent")
     part.set_defaults(dense_layers=0)
-    part = commands.add_parser("lm", parents=[shared], help="tasks of lm-evaluation-harness (pip install lm-eval)")
+    part = commands.add_parser("lm", parents=[shared, context, dense],
+                               help="tasks of lm-evaluation-harness (pip install lm-eval)")
     part.add_argument("--tasks", nargs="+", required=True, help="names that the harness knows")
     part.add_argument("--include_path", type=Path, help="a folder with more tasks (YAML)")
     part.add_argument("--limit", type=int, help="documents per task; default: all")
     part.add_argument("--chat", action="store_true", help="wrap prompts in the model's chat template")
-    part.add_argument("--context", **context)
     part.add_argument("--tail", type=int, default=64, help="last tokens of a prompt that are decoded, not prefilled")
-    part.add_argument("--dense_layers", **dense_layers)
     return check_options(parser.parse_args(argv))
 
 
@@ -147,6 +130,4 @@ def main() -> None:
     for row in measure(options):
         rows.append(row)
         if options.json is not None:
-            result = {**about, "command": command_line(), "rows": rows}
-            with atomic_path(options.json) as beside:
-                beside.write_text(json.dumps(result, indent=1) + "\n")
+            save_results(options.json, about, rows)

@@ -1,4 +1,4 @@
-"""Sequences to train and to judge signatures on: stretches of books, and synthetic retrieval documents."""
+"""Sequences to train signatures on and to measure them: stretches of books, and synthetic retrieval documents."""
 import glob
 import os
 import random

@@ -2,8 +2,8 @@
 import json
 from pathlib import Path
 
-from hashfast.common import UserError, atomic_path, command_line
-from hashfast.research.report import parity_table, shape
+from hashfast.common import UserError
+from hashfast.research.report import parity_table, save_results, shape
 
 
 def compare(files: list[Path], out: Path) -> None:
@@ -37,9 +37,8 @@ def compare(files: list[Path], out: Path) -> None:
                         f"({type(error).__name__}: {error}); give such files") from error
     if not rows:
         raise UserError("nothing to compare; give runs with a feature (int8, several GPUs, speculation) and without")
-    with atomic_path(out) as beside:
-        about = {**machine, "commit": ", ".join(commits), "date": ", ".join(filter(None, dates)), "command": command_line()}
-        beside.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    about = {**machine, "commit": ", ".join(commits), "date": ", ".join(filter(None, dates))}
+    save_results(out, about, rows)
     print(parity_table(rows))
 
 

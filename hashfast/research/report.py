@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hashfast.common import UserError, atomic_path
+from hashfast.common import UserError, atomic_path, command_line
+
+
+def save_results(path: Path, about: dict[str, object], rows: list[dict], *launch: str) -> None:
+    """Write a results file. about: `environment()`, taken before a tracked file changed. launch: as for `command_line`."""
+    with atomic_path(path) as beside:
+        beside.write_text(json.dumps({**about, "command": command_line(*launch), "rows": rows}, indent=1) + "\n")
 
 
 def print_table(rows: list[dict], header: bool) -> None:
@@ -66,16 +72,18 @@ def attention_table(rows: list[dict]) -> str:
     """Lines of one batch, context and sparsity: all modes of signatures, and the dense peers measured on the same caches."""
     lines = []
     for case in by(rows, lambda row: (row["batch"], row["context"], row["sparsity"])):
-        hash, paper, hata = (pick(case, mode=mode) for mode in ("default", "hashattention", "hata"))
+        hash, hashattention, hata = (pick(case, mode=mode) for mode in ("default", "hashattention", "hata"))
         dense = next(row for row in case if "dense_best_us" in row)
         lines.append([
-            f"{shape(dense)}, 1/{dense['sparsity']}", fixed(hash.get("total_us"), 1), fixed(hash.get("floor_us"), 1),
+            f"{shape(dense)}, 1/{dense['sparsity']}", fixed(hash.get("total_us"), 1), fixed(hash.get("portable_us"), 1),
+            fixed(hash.get("floor_us"), 1),
             f"{dense['dense_best_us']:.0f} ({dense['dense_best']}, {dense['dense_gb_s']:.0f} GB/s)",
             fixed(dense["dense_best_us"] / hash["total_us"] if hash else None, 1, "x"), fixed(dense["flash_us"], 0),
             fixed(dense["flex_us"], 0), fixed(dense.get("classic_us"), 0), fixed(dense.get("topk_us"), 0),
-            fixed(hash.get("encode_us"), 1), fixed(paper.get("total_us"), 1), fixed(hata.get("total_us"), 1)])
-    return markdown(["batch x context, read", "hash", "floor", "fastest dense", "hash is", "FlashDecode", "FlexAttention",
-                     "first gpt-fast", "torch.topk alone", "encoding, on top", "HashAttention's signatures", "HATA's"], lines)
+            fixed(hash.get("encode_us"), 1), fixed(hashattention.get("total_us"), 1), fixed(hata.get("total_us"), 1)])
+    return markdown(["batch x context, read", "hash", "portable", "floor", "fastest dense", "hash is", "FlashDecode",
+                     "FlexAttention", "first gpt-fast", "torch.topk alone", "encoding, on top", "HashAttention's signatures",
+                     "HATA's"], lines)
 
 
 def decode_table(rows: list[dict]) -> str:

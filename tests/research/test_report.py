@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
-from results_inputs import ABOUT, JUDGED, ROWS, SIZES, STEP
+from results_inputs import ABOUT, MEASURED, ROWS, SIZES, STEP
 
 from hashfast.research.report import TABLES, claims, fill, shape, summary, tables_of
 
@@ -49,8 +49,8 @@ def test_summary(results, tmp_path: Path) -> None:
         "decode": [*ROWS["decode"][0], STEP | {"ranks": 2}, STEP | {"ranks": 2, "attention": "hash", "sparsity": 32}],
         "latency": [row | {"model": "m", "batch": 1, "context": context} for row in ROWS["latency"][0]
                     for context in (32768, 65536)],
-        "ppl": [JUDGED | {"ppl_ratio": 1.25}, JUDGED | other | {"ppl_ratio": 2.0}],
-        "needles": [JUDGED | {"task": task} | changed for task in ("single", "uuids")
+        "ppl": [MEASURED | {"ppl_ratio": 1.25}, MEASURED | other | {"ppl_ratio": 2.0}],
+        "needles": [MEASURED | {"task": task} | changed for task in ("single", "uuids")
                     for changed in ({"selector": "dense", "recipe": None, "ratio": 1, "exact": 4}, {}, other | {"exact": 0})],
     }.items():
         folder = results(name, rows)
