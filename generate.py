@@ -101,7 +101,7 @@ def prompt_hash(ids: list[int]) -> str:
 
 
 def print_summary(result: dict) -> None:
-    """The few numbers that a person wants, on stderr so that stdout is the text."""
+    """Rates and memory, on stderr so that stdout is the text."""
     rate = f"{result['decode_tok_s']:.1f} tok/s, {result['ms_per_token']:.1f} ms/token" if result["ms_per_token"] else "-"
     tokens = result["prompt_tokens"] if isinstance(result["prompt_tokens"], int) else sum(result["prompt_tokens"])
     print(f"prefill: {tokens} tokens in {result['prefill_s']:.2f} s ({result['prefill_tok_s']:.0f} tok/s)\n"

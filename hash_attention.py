@@ -11,7 +11,7 @@ linear encoders and summed Hamming distance over a group. What goes past them: o
 its group, and a query of several bits, so that a bit counts as much as the query is sure of it.
 
 Every public function has a plain-PyTorch twin `*_reference`, which is the definition. On a GPU the Triton kernels of
-encode_kernels.py, hash_kernels.py, sparse_kernels.py and attention_kernels.py run instead; on a CPU the reference itself runs.
+hashfast/kernels run instead; on a CPU the reference itself runs.
 
 Symbols: B batch, S cache length, N current length (`seq_lens`, int32 [B], the newest token included), Hq query heads, Hkv
 key/value heads, G = Hq / Hkv, D head_dim, b signature bits, W = b / 32 words, Hs signature heads, P magnitude planes,

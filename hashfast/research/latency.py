@@ -186,10 +186,10 @@ def bench_round(model: Transformer, name: str, batch: int, context: int, k: int,
     first = torch.zeros_like(decoder.token[:, 0])
     prompts = [[0] * context]
     speculator.start(prompts, first, first + 2 ** 20)
-    drafted, _ = speculator._draft()
+    drafted, _ = speculator.draft_tokens()
     row = {"model": name, "batch": batch, "context": context, "sparsity": sparsity, "k": k,
-           "draft_ms": time_graph(lambda i: speculator._draft(), 1) / k / 1000,
-           "verify_ms": time_graph(lambda i: speculator._verify(drafted), 1) / 1000,
+           "draft_ms": time_graph(lambda i: speculator.draft_tokens(), 1) / k / 1000,
+           "verify_ms": time_graph(lambda i: speculator.verify(drafted), 1) / 1000,
            "round_ms": median_ms(speculator.round, steps)}
     decoder.start(first, context)
     row["dense_ms"] = median_ms(decoder.step, steps)

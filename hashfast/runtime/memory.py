@@ -61,8 +61,8 @@ def prefill_bytes(model: Transformer, chunk: int) -> int:
     args = model.args
     weights = 0 if isinstance(model.layers[0].feed_forward.w13, nn.Linear) else 2 * args.intermediate_size * args.dim
     heads = (args.n_head + 2 * args.n_kv_head) * args.head_dim
-    numbers = chunk * (4 * args.intermediate_size + 8 * args.dim + 2 * heads) + weights
-    return numbers * model.tok_embeddings.weight.element_size()
+    elements = chunk * (4 * args.intermediate_size + 8 * args.dim + 2 * heads) + weights
+    return elements * model.tok_embeddings.weight.element_size()
 
 
 def free_memory(device: torch.device) -> int:

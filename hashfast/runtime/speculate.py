@@ -121,7 +121,7 @@ class Speculator:
         q = probabilities(logits, self.target.sampling)
         return gumbel_sample(q)[:, None], q
 
-    def _draft(self) -> tuple[list[Tensor], list[Tensor | None]]:
+    def draft_tokens(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """k drafts, int64 [B, 1] each, and what they were drawn from.
 
         A draft model reads two tokens first: where all drafts of the last round were accepted, the last of them, now the
@@ -137,7 +137,7 @@ class Speculator:
         self.draft.set_sparse(None)
         return drafted, drawn_from
 
-    def _verify(self, drafted: list[Tensor]) -> Tensor:
+    def verify(self, drafted: list[Tensor]) -> Tensor:
         """Hidden states [B, k + 1, d] of the newest token and the drafts; their K, V and signatures go to the cache."""
         return self._forward(self.target.model, self.stem, torch.cat((self.recent[:, 1:], *drafted), dim=1), self.k + 1)
 
@@ -160,9 +160,9 @@ class Speculator:
         return recent, seq_lens + count.int(), left, torch.cat((torch.stack((accepted, count, left), dim=1), tokens), dim=1)
 
     def _round(self) -> None:
-        drafted, drawn_from = self._draft()
+        drafted, drawn_from = self.draft_tokens()
         state = self.recent, self.seq_lens, self.left
-        changed = self.judge(self._verify(drafted), drafted, drawn_from, *state)
+        changed = self.judge(self.verify(drafted), drafted, drawn_from, *state)
         for old, new in zip((*state, self.outcome), changed, strict=True):
             old.copy_(new)
 
