@@ -187,9 +187,9 @@ def perplexity(model: Transformer, windows: list[Tensor], task: str) -> float:
     return math.exp(total / count)
 
 
-def measure(folder: Path, windows: list[Tensor], options: argparse.Namespace, task: str) -> float:
-    """The perplexity of the model in `folder`, which is gone again afterwards."""
-    model = load_model(folder, options.device, getattr(torch, options.precision))
+def measure(folder: Path, windows: list[Tensor], device: str, dtype: torch.dtype, task: str) -> float:
+    """The perplexity of the model in `folder`, whose memory is free again afterwards."""
+    model = load_model(folder, device, dtype)
     limit = min(model.args.max_position, model.args.sliding_window or WINDOW)
     return perplexity(model, [window[:limit] for window in windows], task)
 
@@ -227,13 +227,14 @@ def main() -> None:
     model, _, files = plan_loading(source)
     if options.mode == "int4":
         check_groupsize(model, quantization)
+    dtype = getattr(torch, options.precision)
     windows = read_windows(source, options.data, options.windows) if options.data else []
-    before = measure(source, windows, options, "before") if windows else None
+    before = measure(source, windows, options.device, dtype, "before") if windows else None
     size, int4, coarse = quantize_folder(source, out, quantization, options.device)
     was = sum(path.stat().st_size for path in files)
     print(f"{out} is ready: {was / 1e9:.2f} GB before, {size / 1e9:.2f} GB now")
     if before is not None:
-        after = measure(out, windows, options, "after")
+        after = measure(out, windows, options.device, dtype, "after")
         print(f"perplexity {before:.4f} before, {after:.4f} now, ratio {after / before:.4f} "
               f"({sum(map(len, windows)) - len(windows)} tokens, {options.precision})")
     if coarse:
