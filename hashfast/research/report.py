@@ -327,7 +327,7 @@ def provenance(result: dict, path: Path, link: Path, image: bool) -> str:
 
 
 def checked(path: Path, name: str, make: Callable, *arguments: object) -> str | list:
-    """make(*arguments), a string or a list of what it yields; a UserError where the rows of `path` are not those of table NAME."""
+    """make(*arguments), a string or a list of what it yields; a UserError where `path` has not the rows of table NAME."""
     try:
         made = make(*arguments)
         return made if isinstance(made, str) else list(made)
