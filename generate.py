@@ -12,13 +12,9 @@ import json
 import math
 import resource
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from hashfast.common import (
     Parser,
@@ -30,128 +26,22 @@ from hashfast.common import (
     default_device,
     environment,
 )
-from hashfast.hash_attention import HashConfig
-from hashfast.model import SparseSettings, Transformer
+from hashfast.hash_attention import HashConfig, HashEncoder
+from hashfast.model import Transformer
 from hashfast.ops.quant_linear import Quantization
 from hashfast.research.budgets import calibrated
-from hashfast.runtime import distributed, speculate, tensor_parallel
+from hashfast.runtime import distributed, tensor_parallel
 from hashfast.runtime.checkpoint import PRESETS, load_model, random_model
-from hashfast.runtime.decode import PREFILL_CHUNK, Decoder, decode_all, prefill, prepare_prefill, synchronize
-from hashfast.runtime.memory import bytes_per_step, cache_bytes_per_token, prefill_bytes, tokens_read, weight_bytes
-from hashfast.runtime.prompts import Display, NewText, read_lines, read_prompts, read_tokenizer
-from hashfast.runtime.sampling import Sampling, sample
+from hashfast.runtime.decode import PREFILL_CHUNK
+from hashfast.runtime.memory import bytes_per_step, context_limit, plan_memory, sparse_settings, tokens_read
+from hashfast.runtime.prompts import Display, NewText, encode, read_lines, read_text
+from hashfast.runtime.session import DecodeOptions, Sample, Session
 from hashfast.runtime.signatures import load_signatures, random_encoders
-from hashfast.runtime.speculate import Speculator
+from hashfast.runtime.speculate import LARGEST_K, load_draft
 from hashfast.runtime.tokenizer import Tokenizer
 
 LARGEST = 2 ** 24  # of counts on the command line: beyond any model's context, and safe in int32
-
-
-# ------------------------------------------------------------------------------------------------------------------- run
-
-@dataclass
-class Sample:
-    """One run over a batch: new tokens per sequence (end tokens included) and its times in seconds."""
-    tokens: list[list[int]]
-    prefill_s: float
-    decode_s: float
-    steps: int
-
-
-class Session:
-    """A loaded model with caches and a decode step; runs prompts through it.
-
-    draft: a smaller model that speculates; settings and encoders are its own then.
-    """
-
-    def __init__(self, options: argparse.Namespace, model: Transformer, tokenizer: Tokenizer | None, length: int,
-                 settings: SparseSettings | None, encoders: list | None, draft: Transformer | None = None) -> None:
-        self.options, self.model, self.tokenizer, self.length, self.settings = options, model, tokenizer, length, settings
-        drafter, rows = draft or model, length + (options.speculate_k or 0)
-        if distributed.world_size() > 1 and options.device == "cuda":
-            tokens = options.batch_size * (1 + (options.speculate_k or 0))
-            distributed.use_one_shot(tokens * model.args.dim, model.norm.weight.dtype)
-        if draft is not None:
-            model.setup_caches(options.batch_size, rows)
-        drafter.setup_caches(options.batch_size, rows, encoders, settings)
-        self.sampling = Sampling(options.temperature, options.top_k)
-        self.stop_ids = frozenset() if options.ignore_eos or tokenizer is None else tokenizer.stop_ids
-        self.decoder = Decoder(model, options.batch_size, self.sampling, options.compile, self.stop_ids)
-        self.speculator: Speculator | None = None
-        self.compile_s = 0.0
-        if options.speculate is not None:
-            self.speculator = Speculator(self.decoder, drafter, options.speculate_k, settings, options.compile)
-            self.compile_s += self.speculator.prepare()
-        if self.speculator is None or options.save or options.compare:  # teacher forcing goes step by step
-            self.compile_s += self.decoder.prepare()
-        # a GPU reads long prompts faster so; elsewhere compiling takes longer than it saves
-        pays = options.compile and options.device.startswith("cuda") and length > options.prefill_chunk
-        if options.compile_prefill or pays:
-            self.compile_s += prepare_prefill(model, options.prefill_chunk)
-        self.cached: list[int] = []  # tokens in the cache, for prompts that go on from it
-
-    def first_token(self, prompts: list[list[int]]) -> Tensor:
-        """Put prompts into the cache, one for all sequences or one for each -> the first new token of each, int64 [B].
-
-        What the cache already holds of a single one is kept. The last `sparse_tail` tokens go through decode steps.
-        """
-        options, device = self.options, self.decoder.token.device
-        cached = self.cached if len(prompts) == 1 else []
-        same = [old == new for old, new in zip(cached, prompts[0][:-1], strict=False)]
-        kept = [*same, False].index(False)
-        tails = [min(options.sparse_tail, len(ids) - kept - 1) for ids in prompts]
-        logits = torch.stack([
-            prefill(self.model, torch.tensor(ids[kept:len(ids) - tail], device=device), options.batch_size // len(prompts),
-                    kept, chunk=options.prefill_chunk, row=row)
-            for row, (ids, tail) in enumerate(zip(prompts, tails, strict=True))])
-        if self.speculator is not None:
-            self.speculator.read_prompts(prompts, kept, options.prefill_chunk)
-        self.cached = list(prompts[0]) if len(prompts) == 1 else []
-        for back in range(max(tails), 0, -1):
-            # a shorter tail waits at its first token, which is written again to the same place
-            at = [len(ids) - min(back, max(tail, 1)) for ids, tail in zip(prompts, tails, strict=True)]
-            tokens = torch.tensor([ids[i] for ids, i in zip(prompts, at, strict=True)], device=device)
-            self.decoder.start(tokens.expand(options.batch_size), torch.tensor(at, device=device))
-            self.decoder.step()
-            logits = self.decoder.logits
-        return sample(logits.expand(options.batch_size, -1), self.sampling)
-
-    def run(self, ids: list[int], emit: Callable[[int], None]) -> Sample:
-        """Prefill and decode one prompt, handing the first sequence's new tokens to `emit` as they come."""
-        return self.run_batch([ids], lambda row, token, last: emit(token) if row == 0 else None)
-
-    def run_batch(self, prompts: list[list[int]], emit: Callable[[int, int, bool], None]) -> Sample:
-        """Prefill and decode one prompt for all sequences or one for each; `emit` as in decode_all."""
-        synchronize(self.options.device)
-        started = time.perf_counter()
-        first = self.first_token(prompts)
-        synchronize(self.options.device)
-        prefilled = time.perf_counter()
-        lengths = torch.tensor([len(ids) for ids in prompts], device=first.device)
-        count = min(self.options.max_new_tokens, self.length - max(map(len, prompts)))
-        if self.speculator is not None:
-            tokens, steps = self.speculator.decode_all(prompts, first, count, emit)
-        else:
-            tokens, steps = decode_all(self.decoder, first, lengths, count, self.stop_ids, emit)
-        if len(prompts) == 1:
-            self.cached = prompts[0] + tokens[0][:-1]  # the newest token has no K and V yet
-        return Sample(tokens, prefilled - started, time.perf_counter() - prefilled, steps)
-
-    @torch.inference_mode()
-    def teacher_force(self, ids: list[int], tokens: list[int]) -> tuple[float, float]:
-        """Decode given tokens after the prompt in the cache -> (share that is this run's argmax, mean log-likelihood).
-
-        The first token comes from the prompt's last logits, not from a decode step, and is not counted.
-        """
-        agree, total = 0, 0.0
-        for i, (token, following) in enumerate(zip(tokens, tokens[1:], strict=False)):
-            self.decoder.start(torch.full_like(self.decoder.token[:, 0], token), len(ids) + i)
-            self.decoder.step()
-            logprobs = self.decoder.logits[0].float().log_softmax(-1)
-            agree += int(logprobs.argmax().item() == following)
-            total += logprobs[following].item()
-        self.cached = list(ids)
-        return agree / (len(tokens) - 1), total / (len(tokens) - 1)
+DEFAULT_K = 4  # drafted tokens per round
 
 
 # ---------------------------------------------------------------------------------------------------------------- report
@@ -163,9 +53,10 @@ def peak_memory_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
-def report(session: Session, prompts: list[list[int]], samples: list[Sample], texts: list[str]) -> dict:
+def report(options: argparse.Namespace, session: Session, prompts: list[list[int]], samples: list[Sample],
+           texts: list[str]) -> dict:
     """Everything that a run measured, as --json prints it. What is of each prompt is a list where there are several."""
-    options, model = session.options, session.model
+    model = session.model
     last = samples[-1]
     decode_s = sum(s.decode_s for s in samples)
     steps = sum(s.steps for s in samples)
@@ -210,7 +101,7 @@ def prompt_hash(ids: list[int]) -> str:
 
 
 def print_summary(result: dict) -> None:
-    """The few numbers that a person wants, on stderr so that stdout is the text."""
+    """Rates and memory, on stderr so that stdout is the text."""
     rate = f"{result['decode_tok_s']:.1f} tok/s, {result['ms_per_token']:.1f} ms/token" if result["ms_per_token"] else "-"
     tokens = result["prompt_tokens"] if isinstance(result["prompt_tokens"], int) else sum(result["prompt_tokens"])
     print(f"prefill: {tokens} tokens in {result['prefill_s']:.2f} s ({result['prefill_tok_s']:.0f} tok/s)\n"
@@ -218,8 +109,9 @@ def print_summary(result: dict) -> None:
           f", {result['attention']}, {result['tokens_read']:.0f} tokens read per step\n"
           f"memory:  {result['peak_memory_gib']:.2f} GiB at most; K and V {result['kv_bytes'] / 2 ** 20:.1f} MiB, "
           f"signatures {result['signature_bytes'] / 2 ** 20:.1f} MiB; compiled in {result['compile_s']:.1f} s", file=sys.stderr)
-    if "speculate" in result:
-        speculate.print_report(result)
+    if result.get("accepted_per_verify") is not None:
+        print(f"drafts:  {result['accepted_per_verify']:.2f} of {result['speculate_k']} accepted in {result['rounds']} rounds; "
+              f"0 to {result['speculate_k']}: {' '.join(map(str, result['accepted_histogram']))} times", file=sys.stderr)
 
 
 def comparison_column(result: dict) -> list[str]:
@@ -253,7 +145,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint_path", type=Path, help="folder with config.json, safetensors and the tokenizer")
     add("--random_weights", metavar="PRESET", help=f"no checkpoint, random weights, for latency: {', '.join(PRESETS)}")
-    add("--quantize", choices=("int8", "int4"), help="of --random_weights; quantize.py is for checkpoints")
+    add("--quantize", choices=("int8", "int4"), help="of --random_weights; `hashfast quantize` is for checkpoints")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", type=int_or_str, default="Hello, my name is", help="text, or how many random tokens")
     prompts.add_argument("--prompt_file", type=Path, help="a text file")
@@ -281,7 +173,12 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--recent", type=int, default=128, help="last tokens, always attended")
     add("--dense_layers", type=int, default=0, help="first layers that stay dense")
     add("--sparse_tail", type=int, default=0, help="last prompt tokens that are decoded sparsely too")
-    speculate.add_options(add)
+    add("--speculate", choices=("self", "draft"), help="draft tokens and verify them; self: by hash attention (answers stay "
+        "those of dense attention), draft: by --draft_checkpoint_path")
+    add("--speculate_k", type=int, help=f"tokens drafted per round (default {DEFAULT_K})")
+    add("--draft_checkpoint_path", type=Path, help="a smaller model of the same vocabulary")
+    add("--draft_attention", choices=("dense", "hash"), help="how the draft model reads (default dense)")
+    add("--draft_signatures", type=Path, help="its signatures")
     add("--compile", action="store_true")
     add("--compile_prefill", action="store_true", help="compile prefill too; for long prompts on a GPU --compile does")
     add("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
@@ -299,7 +196,7 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
     ranges = {"seed": (0, 2 ** 63 - 1), "temperature": (0, 1e3), "sparsity": (1, 1e9), "prompt": (1, LARGEST)}
     counts = ("num_samples", "max_new_tokens", "batch_size", "top_k", "max_seq_length", "prefill_chunk", "budget")
     ranges |= dict.fromkeys(counts, (1, LARGEST))
-    ranges["speculate_k"] = (1, speculate.LARGEST_K)
+    ranges["speculate_k"] = (1, LARGEST_K)
     ranges |= dict.fromkeys(("sink", "recent", "dense_layers", "sparse_tail"), (0, LARGEST))
     for flag, (low, high) in ranges.items():
         value = getattr(options, flag)
@@ -311,7 +208,7 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
     if (options.checkpoint_path is None) == (options.random_weights is None):
         raise UserError("give either --checkpoint_path FOLDER or --random_weights PRESET")
     if options.quantize is not None and options.random_weights is None:
-        raise UserError("--quantize is for --random_weights; make a quantised folder with quantize.py and load that")
+        raise UserError("--quantize is for --random_weights; make a quantised folder with `hashfast quantize` and load that")
     if isinstance(options.max_seq_length, str) and options.max_seq_length != "auto":
         raise UserError(f"--max_seq_length {options.max_seq_length} is neither a number nor auto")
     options.lines = read_lines(options.prompts) if options.prompts is not None else []
@@ -320,7 +217,7 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
         options.has_text = not all(isinstance(line[0], int) for line in options.lines)
     if options.random_weights is not None and options.has_text:
         raise UserError("random weights have no tokenizer; give --prompt NUMBER or --prompt_ids 1,2,3")
-    speculate.check_options(options)
+    check_speculation(options)
     is_hash = "hash" in (options.attention, options.draft_attention) or options.speculate == "self"
     clashes = [
         (not options.has_text, "a prompt of token ids is no chat", ("chat", "interactive")),
@@ -339,9 +236,9 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
         raise UserError("--interactive serves one sequence; leave --batch_size and --num_samples out")
     if options.budgets == "calibrated" and options.signatures is None:
         raise UserError("--budgets calibrated needs --attention hash and --signatures FILE, which holds the calibration")
-    least, budget = options.sink + options.recent, options.budget or 2048
-    if is_hash and options.sparsity is None and budget < least:
-        raise UserError(f"--budget {budget} is less than --sink {options.sink} plus --recent {options.recent}; "
+    least, options.budget = options.sink + options.recent, options.budget or 2048
+    if is_hash and options.sparsity is None and options.budget < least:
+        raise UserError(f"--budget {options.budget} is less than --sink {options.sink} plus --recent {options.recent}; "
                         f"give at least {least}")
     options.is_hash = is_hash
     check_device(options.device)
@@ -354,9 +251,67 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
     return options
 
 
+def check_speculation(options: argparse.Namespace) -> None:
+    """Refuse flags at odds with each other; fill in the defaults. `options.signatures` become those of whoever drafts."""
+    if options.draft_checkpoint_path is not None:
+        options.speculate = options.speculate or "draft"
+    if options.speculate == "draft" and options.draft_checkpoint_path is None:
+        raise UserError("--speculate draft needs a smaller model; give --draft_checkpoint_path FOLDER, or --speculate self")
+    is_hash = options.draft_attention == "hash"
+    clashes = [
+        (options.speculate is None, "nothing is drafted without --speculate or --draft_checkpoint_path", ("speculate_k",)),
+        (options.speculate != "draft", "only a draft model has these", ("draft_attention", "draft_signatures")),
+        (options.speculate == "self", "--speculate self drafts without a second model", ("draft_checkpoint_path",)),
+        (options.speculate == "draft" and not is_hash, "--draft_attention is dense", ("draft_signatures",)),
+        (options.speculate == "draft", "--signatures would be the verifying model's; give --draft_signatures", ("signatures",)),
+        (options.speculate is not None, "drafts are verified by dense attention", ("sparse_tail",)),
+    ]
+    for clash, reason, flags in clashes:
+        for flag in flags:
+            if clash and getattr(options, flag):
+                raise UserError(f"{reason}; leave --{flag} out")
+    if options.speculate is not None and options.attention == "hash":
+        raise UserError("drafts are verified by dense attention; leave --attention hash out")
+    options.speculate_k = 0 if options.speculate is None else options.speculate_k or DEFAULT_K
+    options.signatures = options.signatures or options.draft_signatures
+
+
+# --------------------------------------------------------------------------------------------------------------- reading
+
+def read_tokenizer(options: argparse.Namespace) -> Tokenizer | None:
+    """The checkpoint's tokenizer; None where there is none and the prompt needs none."""
+    if options.random_weights is not None:
+        return None
+    try:
+        return Tokenizer.load(options.checkpoint_path)
+    except UserError:
+        if options.has_text:
+            raise
+        return None
+
+
+def read_prompts(options: argparse.Namespace, tokenizer: Tokenizer | None, vocab_size: int) -> list[tuple[list[int], bool]]:
+    """Token ids of each prompt, and whether it is a chat."""
+    source = options.prompt if options.prompt_file is None else read_text(options.prompt_file)
+    if options.prompt_ids is not None:
+        try:
+            source = [int(part) for part in options.prompt_ids.split(",")]
+        except ValueError as error:
+            raise UserError(f"--prompt_ids {options.prompt_ids!r} is not a list of numbers such as 1,2,3") from error
+    elif isinstance(source, int):
+        source = torch.randint(vocab_size, (source,), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    prompts = []
+    for number, line in enumerate(options.lines or [source], 1):
+        try:
+            prompts.append(encode(line, tokenizer, vocab_size, options.chat))
+        except UserError as error:
+            raise UserError(f"{options.prompts} line {number}: {error}") from error if options.lines else error
+    return prompts
+
+
 def cache_length(options: argparse.Namespace, model: Transformer, prompt_tokens: int) -> int:
     """Tokens that the cache must hold (auto: at most), checked against the flags and the model."""
-    limit = min(model.args.max_position, model.args.sliding_window or model.args.max_position)
+    limit = context_limit(model)
     needed = prompt_tokens + options.max_new_tokens
     length = options.max_seq_length or (limit if options.interactive else needed)
     if length == "auto":
@@ -370,15 +325,7 @@ def cache_length(options: argparse.Namespace, model: Transformer, prompt_tokens:
     return length
 
 
-def sparse_settings(options: argparse.Namespace, length: int, tokens: int) -> SparseSettings:
-    """Resolve --budget or --sparsity for prompt and new tokens together (`tokens`) and a cache of `length`."""
-    budget = options.budget or 2048
-    if options.sparsity is not None:
-        budget = max(64 * math.ceil(tokens / options.sparsity / 64), options.sink + options.recent + 64)
-    return SparseSettings(min(budget, length), options.sink, options.recent, options.dense_layers)
-
-
-def load_encoders(options: argparse.Namespace, model: Transformer) -> tuple[list, dict]:
+def load_encoders(options: argparse.Namespace, model: Transformer) -> tuple[list[HashEncoder], dict]:
     """-> the encoder of each layer, and what their file says of them."""
     if options.signatures is not None:
         encoders, about = load_signatures(options.signatures, model.fingerprint())
@@ -386,45 +333,6 @@ def load_encoders(options: argparse.Namespace, model: Transformer) -> tuple[list
     print("warning: no --signatures file, so random projections choose the tokens; train one with train_hash.py",
           file=sys.stderr)
     return tensor_parallel.shard_encoders(random_encoders(HashConfig(), model.fingerprint(), options.seed)), {}
-
-
-def plan_memory(options: argparse.Namespace, models: list[Transformer], length: int, needed: int,
-                encoders: list | None) -> int:
-    """Print what weights and caches of `length` tokens take, or refuse, before they are allocated -> the caches' length.
-
-    With --max_seq_length auto that is as much of `length` as fits, `needed` at least.
-    """
-    batch = options.batch_size
-    row = sum(cache_bytes_per_token(model, None, batch)[0] for model in models)
-    signature_row = cache_bytes_per_token(models[-1], encoders, batch, options.dense_layers)[1]
-    # a large prefill chunk takes more than free_memory leaves
-    chunk = max(prefill_bytes(model, min(options.prefill_chunk, length)) for model in models)
-    free = distributed.all_min(free_memory(options.device) - max(0, chunk - 2 ** 30))
-    fits = max(free // (row + signature_row) - (options.speculate_k or 0), 0)  # drafts need rows past the last token
-    if options.max_seq_length == "auto":
-        length = max(needed, min(length, fits))
-    if length > fits:
-        raise UserError(f"the caches for {batch} x {length} tokens take {(row + signature_row) * length / 2 ** 30:.1f} GiB, "
-                        f"{free / 2 ** 30:.1f} GiB are free for them, and at most {fits} tokens fit; "
-                        "shorten the prompt, --max_new_tokens or --max_seq_length, or use a smaller --batch_size")
-    each = f" of each of {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
-    print(f"memory plan{each}: weights {sum(map(weight_bytes, models)) / 2 ** 30:.2f} GiB, "
-          f"K and V {row * length / 2 ** 30:.2f} GiB, signatures "
-          f"{signature_row * length / 2 ** 20:.1f} MiB for {f'{batch} x ' if batch > 1 else ''}{length} tokens, "
-          f"work {chunk / 2 ** 30:.2f} GiB at most; up to {fits} tokens fit", file=sys.stderr)
-    return length
-
-
-def free_memory(device: str) -> int:
-    """Bytes free for caches on the device: a tenth, 1 GiB at most, is left to what a prefill chunk and a step work with."""
-    free = sys.maxsize
-    if device.startswith("cuda"):
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                free = int(line.split()[1]) * 1024 // distributed.world_size()  # the ranks share it
-    return free - min(free // 10, 2 ** 30)
 
 
 def read_comparison(options: argparse.Namespace, ids: list[int], vocab_size: int) -> dict:
@@ -449,6 +357,8 @@ def read_comparison(options: argparse.Namespace, ids: list[int], vocab_size: int
     return before
 
 
+# ------------------------------------------------------------------------------------------------------------------ run
+
 def read_turn() -> str:
     try:
         return input("\n> ")
@@ -456,7 +366,7 @@ def read_turn() -> str:
         return ""
 
 
-def chat(session: Session) -> None:
+def chat(session: Session, max_new_tokens: int) -> None:
     """Turns on the terminal until an empty line; only what is new of a turn is prefilled."""
     messages: list[dict] = []
     while True:
@@ -469,11 +379,9 @@ def chat(session: Session) -> None:
         if left <= 0:
             raise UserError(f"the conversation of {len(ids)} tokens has filled the cache of {session.length}; "
                             "start again with a larger --max_seq_length")
-        if left < session.options.max_new_tokens:
+        if left < max_new_tokens:
             print(f"note: {left} of {session.length} tokens are left; the conversation ends with them", file=sys.stderr)
-        stream = NewText(session.tokenizer, [])
-        answer = session.run(ids, stream.show)
-        print(stream.end())
+        answer = session.run([ids], max_new_tokens, Display(session.tokenizer, [[]]).put)
         messages.append({"role": "assistant", "content": NewText(session.tokenizer, []).whole(answer.tokens[0])})
 
 
@@ -492,18 +400,27 @@ def main() -> None:
     longest = max(map(len, prompts), default=0)
     length = cache_length(options, model, longest)
     before = read_comparison(options, prompts[0], model.args.vocab_size) if options.compare else None
-    draft = speculate.load_draft(options, model, tokenizer, length) if options.speculate == "draft" else None
+    draft = None
+    if options.speculate == "draft":
+        draft = load_draft(options.draft_checkpoint_path, model, tokenizer, length)
     encoders, about = load_encoders(options, draft or model) if options.is_hash else (None, {})
     models = [model, draft] if draft is not None else [model]
-    length = plan_memory(options, models, length, longest + options.max_new_tokens, encoders)
-    tokens = length if options.interactive else longest + options.max_new_tokens
-    rows = length + (options.speculate_k or 0)  # of the caches, as Session makes them
-    settings = sparse_settings(options, rows, tokens) if encoders is not None else None
+    needed = longest + options.max_new_tokens
+    length = plan_memory(models, encoders, length, needed if options.max_seq_length == "auto" else length, options.batch_size,
+                         options.prefill_chunk, options.speculate_k, options.dense_layers)
+    tokens = length if options.interactive else needed
+    rows = length + options.speculate_k  # of the caches, as Session makes them
+    settings = None
+    if encoders is not None:
+        settings = sparse_settings(rows, tokens, options.budget, options.sparsity, options.sink, options.recent,
+                                   options.dense_layers)
     if options.budgets == "calibrated":
         settings = tensor_parallel.shard_settings(calibrated(settings, about, tokens, rows))
-    session = Session(options, model, tokenizer, length, settings, encoders, draft)
+    session = Session(model, tokenizer, length, encoders, settings, DecodeOptions(
+        options.batch_size, options.temperature, options.top_k, options.ignore_eos, options.compile, options.compile_prefill,
+        options.prefill_chunk, options.sparse_tail, options.speculate_k), draft)
     if options.interactive:
-        chat(session)
+        chat(session, options.max_new_tokens)
         return
 
     contexts = [[] if is_chat else ids for ids, is_chat in read]  # an answer in a chat is a text of its own
@@ -514,7 +431,7 @@ def main() -> None:
         session.cached = []  # every sample pays for its own prefill
         show = Display(tokenizer, contexts).put if tokenizer is not None and not options.no_stream else lambda *new: None
         with profiler if i == options.num_samples - 1 else contextlib.nullcontext():
-            samples.append(session.run_batch(prompts, show))
+            samples.append(session.run(prompts, options.max_new_tokens, show))
         if tokenizer is not None:
             texts += [NewText(tokenizer, contexts[row % len(contexts)]).whole(tokens)
                       for row, tokens in enumerate(samples[-1].tokens)]
@@ -523,7 +440,7 @@ def main() -> None:
     if options.profile is not None and distributed.rank() == 0:
         with atomic_path(options.profile) as beside:
             profiler.export_chrome_trace(str(beside))
-    result = report(session, prompts, samples, texts)
+    result = report(options, session, prompts, samples, texts)
     print_summary(result)
     if before is not None:
         agreement, likelihood = session.teacher_force(prompts[0], before["new_tokens"][0])

@@ -10,8 +10,8 @@ Sources: HashAttention (arXiv 2412.14468): learned signatures, one MLP per query
 linear encoders and summed Hamming distance over a group. What goes past them: one signature per KV head for all queries of
 its group, and a query of several bits, so that a bit counts as much as the query is sure of it.
 
-Every public function has a plain-PyTorch twin `*_reference`, which is the definition. On a GPU Triton kernels
-(hashfast/kernels) run instead; on a CPU the reference itself runs.
+Every public function has a plain-PyTorch twin `*_reference`, which is the definition. On a GPU the Triton kernels of
+hashfast/kernels run instead; on a CPU the reference itself runs.
 
 Symbols: B batch, S cache length, N current length (`seq_lens`, int32 [B], the newest token included), Hq query heads, Hkv
 key/value heads, G = Hq / Hkv, D head_dim, b signature bits, W = b / 32 words, Hs signature heads, P magnitude planes,

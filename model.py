@@ -8,6 +8,7 @@ Symbols: B batch, T tokens per sequence in this call, S cache length, d model wi
 D head_dim, Hs signature heads, W signature words.
 """
 import functools
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hashfast.common import UserError
 from hashfast.hash_attention import (
     HashEncoder,
     apply_rope,
@@ -44,10 +46,11 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The shape of a model; checkpoint.py reads it from config.json.
+    """The shape of a model; runtime/checkpoint.py reads it from config.json.
 
     max_position: the context length that the model was made for.  sliding_window: None where attention is full.
-    ranks: processes that share the model (tp.py); n_head, n_kv_head and intermediate_size are then of one of them.
+    ranks: processes that share the model (runtime/tensor_parallel.py); n_head, n_kv_head and intermediate_size are then of
+    one of them.
     """
     n_layer: int
     dim: int
@@ -73,13 +76,19 @@ class ModelArgs:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What of a model its signatures depend on; checked when they are loaded."""
+    """What of a model its signatures depend on: another shape refuses them, another hash or RoPE scaling warns.
+
+    norms: SHA-256 of all RMSNorm weights, which quantising, GGUF conversion and tensor parallelism leave as they are; None
+    where the model has no weights (on the meta device). rope_scaling: None is none.
+    """
     n_layer: int
     n_head: int
     n_kv_head: int
     head_dim: int
     rope_theta: float
     vocab_size: int
+    rope_scaling: RopeScaling | None = None
+    norms: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,13 +97,21 @@ class SparseSettings:
 
     budget: tokens per signature head, `sink` first and `recent` last ones included; with `budgets`, the most of any head.
     dense_layers: the first layers that attend to everything.
-    budgets: tokens of each layer and signature head, where they differ (budgets.py).
+    budgets: tokens of each layer and signature head, where they differ (research/budgets.py).
     """
     budget: int
     sink: int = 64
     recent: int = 128
     dense_layers: int = 0
     budgets: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise UserError(f"a budget of {self.budget} tokens reads nothing; give at least 1")
+        least = min(self.sink + self.recent, self.budget)  # a budget was cut to the cache's length, which may be under them
+        for i, heads in enumerate(self.budgets or ()):
+            if i >= self.dense_layers and not all(least <= budget <= self.budget for budget in heads):
+                raise UserError(f"the budgets {heads} of layer {i} must be from {least} (sink and recent) to {self.budget}")
 
 
 class KVCache(nn.Module):
@@ -154,7 +171,7 @@ class FeedForward(nn.Module):
 class Attention(nn.Module):
     """Projections, cache and attention of one layer. `sparse` and `encoder` are None where the layer is dense.
 
-    selector: what chooses a decode step's tokens instead of signatures (token_selectors.py); None outside of measurements.
+    selector: what chooses a decode step's tokens instead of signatures (research/selectors.py); None outside of measurements.
     """
 
     def __init__(self, args: ModelArgs) -> None:
@@ -189,9 +206,17 @@ class Attention(nn.Module):
                                     K=self.sparse.budget, shift=self.encoder.shift, caches=(cache.k, cache.v))
         return sparse_attention(q[:, 0], cache.k, cache.v, indices)[0][:, None]
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, row: int, start: int) -> Tensor:
-        """Attend to one sequence's `start` cached tokens and, causally, to these. Shapes as `project` gives them."""
-        return causal_attention(q, k, v, functools.partial(self.cache.read, row), start)
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, signatures: Tensor | None, row: int, start: int, count: int) -> Tensor:
+        """Attend to one sequence's `start` cached tokens and, causally, to these, the first `count` of which are cached.
+
+        Shapes as `TransformerBlock.project` gives them; what comes after `count` is padding. -> [1, T, Hq, D]
+        """
+        attended = causal_attention(q, k, v, functools.partial(self.cache.read, row), start)
+        k, v = k[:, :, :count], v[:, :, :count]
+        if self.selector is not None:
+            self.selector.observe(q[:, :count], k, row, start)
+        self.cache.write(row, start, k, v, signatures[:, :, :count] if signatures is not None else None)
+        return attended
 
 
 class TransformerBlock(nn.Module):
@@ -211,6 +236,18 @@ class TransformerBlock(nn.Module):
         """What a prompt chunk needs of this layer before attention: q, k, v as `Attention.project` gives them, signatures."""
         q, k, v = self.attention.project(self.attention_norm(x), cos, sin)
         return q, k, v, self.attention.encoder.encode_keys(k) if self.attention.encoder is not None else None
+
+    def prompt(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor] | None = None,
+               parts: tuple[Callable, ...] = ()) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The layer's dense pass over prompt tokens: x [B, T, d], cos and sin [B, T, D / 2] -> the next x, and q, k and v.
+
+        attend(q, k, v, signatures) -> [B, T, Hq, D]; by default causal attention among these tokens alone, without a cache.
+        parts: `project` and `finish` compiled.
+        """
+        project, finish = parts or (TransformerBlock.project, TransformerBlock.finish)
+        q, k, v, signatures = project(self, x, cos, sin)
+        attended = causal_attention(q, k, v) if attend is None else attend(q, k, v, signatures)
+        return finish(self, x, attended), q, k, v
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection and feed-forward with their residuals. x [B, T, d], attended [B, T, Hq, D] -> [B, T, d]."""
@@ -237,11 +274,19 @@ class Transformer(nn.Module):
     def fingerprint(self) -> Fingerprint:
         args = self.args
         return Fingerprint(args.n_layer, args.n_head * args.ranks, args.n_kv_head * args.ranks, args.head_dim, args.rope_theta,
-                           args.vocab_size)
+                           args.vocab_size, args.rope_scaling, self.hash_norms())
+
+    def hash_norms(self) -> str | None:
+        """SHA-256 of all RMSNorm weights as float32, rounded to bfloat16 so that the precision at load does not matter."""
+        weights = [module.weight for module in self.modules() if isinstance(module, RMSNorm)]
+        if weights[0].is_meta:
+            return None
+        weights = torch.cat(weights).detach().bfloat16().float().cpu().numpy()
+        return hashlib.sha256(weights.tobytes()).hexdigest()[:16]
 
     def setup_caches(self, batch: int, length: int, encoders: list[HashEncoder] | None = None,
                      sparse: SparseSettings | None = None) -> None:
-        """Allocate static caches of `length` tokens for `batch` sequences, beside the weights.
+        """Allocate static caches of `length` tokens for `batch` sequences, beside the weights; selectors are gone then.
 
         With `encoders` (one per layer) signatures are kept as well; `sparse` says what a decode step then reads.
         """
@@ -250,14 +295,17 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             is_sparse = encoders is not None and (sparse is None or i >= sparse.dense_layers)
             layer.attention.encoder = encoders[i].to(weight.device) if is_sparse else None
+            layer.attention.selector = None  # it belonged to the caches before
             layer.attention.cache = KVCache(batch, length, self.args, layer.attention.encoder, weight.device, weight.dtype)
         self.set_sparse(sparse)
 
     def set_sparse(self, sparse: SparseSettings | None) -> None:
         """Choose what decode steps read from now on: `sparse`, or everything (None). The caches stay as they are."""
-        for layer in self.layers:
-            layer.attention.sparse = sparse if layer.attention.encoder is not None else None
-        if sparse is None or sparse is self.sparse:  # a captured step may switch, and cannot copy from the host
+        for i, layer in enumerate(self.layers):
+            is_sparse = sparse is not None and layer.attention.encoder is not None and i >= sparse.dense_layers
+            layer.attention.sparse = sparse if is_sparse else None
+        # a captured step may switch between a setting and None: it cannot copy from the host, and reads the same budgets again
+        if sparse is None or sparse == self.sparse:
             return
         self.sparse = sparse
         device = self.tok_embeddings.weight.device
@@ -287,17 +335,14 @@ class Transformer(nn.Module):
     def prefill(self, tokens: Tensor, row: int = 0, start: int = 0) -> Tensor:
         """One prompt chunk of sequence `row` at position `start`. tokens int64 [T] -> logits of the last position [vocab]."""
         count = len(tokens)
-        project, finish = TransformerBlock.project, TransformerBlock.finish
+        parts: tuple[Callable, ...] = ()
         if self.static_chunk // 2 < count <= self.static_chunk:
-            project, finish = self.compiled_parts
+            parts = self.compiled_parts
             tokens = F.pad(tokens, (0, self.static_chunk - count))  # no token before it sees the padding
         x, cos, sin = self.embed(tokens[None], torch.arange(start, start + len(tokens), device=tokens.device)[None])
         for layer in self.layers:
-            q, k, v, signatures = project(layer, x, cos, sin)
-            attended = layer.attention.prefill(q, k, v, row, start)
-            layer.attention.cache.write(row, start, k[:, :, :count], v[:, :, :count],
-                                        signatures[:, :, :count] if signatures is not None else None)
-            x = finish(layer, x, attended)
+            attend = functools.partial(layer.attention.prefill, row=row, start=start, count=count)
+            x = layer.prompt(x, cos, sin, attend, parts)[0]
         return self.logits(x[:, count - 1:count])[0, 0]
 
     def stem(self, tokens: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

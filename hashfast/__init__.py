@@ -15,9 +15,14 @@ _WHERE = {
     "HashEncoder": "hash_attention",
     "select_tokens": "hash_attention",
     "sparse_attention": "hash_attention",
+    "SparseSettings": "model",
+    "WEIGHTS": "common",
     "load_signatures": "runtime.signatures",
     "load_model": "runtime.checkpoint",
+    "Tokenizer": "runtime.tokenizer",
     "Decoder": "runtime.decode",
+    "DecodeOptions": "runtime.session",
+    "Session": "runtime.session",
 }
 __all__ = list(_WHERE)
 

@@ -1,4 +1,7 @@
-"""What every command shares: one-line errors, files that are never half-written, facts about the machine."""
+"""What every command shares: one-line errors, files that are never half-written, facts about the machine.
+
+torch is imported where it is used, so that `--help` and `--version` do not wait for it.
+"""
 import argparse
 import contextlib
 import datetime
@@ -11,8 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
-
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent  # of a clone: what holds README.md, results/ and the folder hashfast
 WEIGHTS = Path(__file__).resolve().parent / "weights"  # the signature files that ship, in a clone and installed
@@ -37,11 +38,12 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(fail(str(error)))
-    except torch.OutOfMemoryError as error:
-        sys.exit(fail(f"out of GPU memory: {str(error).splitlines()[0]} Use a smaller --max_seq_length or --batch_size."))
     except MemoryError:
         sys.exit(fail("out of memory. Use a smaller model, --max_seq_length or --batch_size."))
     except RuntimeError as error:
+        import torch
+        if isinstance(error, torch.OutOfMemoryError):
+            sys.exit(fail(f"out of GPU memory: {str(error).splitlines()[0]} Use a smaller --max_seq_length or --batch_size."))
         if "DefaultCPUAllocator" not in str(error):
             raise
         sys.exit(fail(f"out of memory ({error}). Use a smaller model, --max_seq_length or --batch_size."))
@@ -94,10 +96,13 @@ def check_writable(flag: str, path: Path | None) -> None:
 
 
 def default_device() -> str:
+    import torch
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_device(device: str) -> None:
+    """UserError where this machine has no such device: cpu, cuda or cuda:N."""
+    import torch
     there = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if device not in there:
         raise UserError(f"--device {device} is not there; this machine has: {', '.join(there)}")
@@ -131,6 +136,7 @@ def command_line(*launch: str) -> str:
 
 def environment() -> dict[str, str]:
     """Where and when a result was measured: GPU (or CPU), torch, triton, commit and day (UTC), for every results file."""
+    import torch
     try:
         import triton
         triton_version = triton.__version__

@@ -116,26 +116,21 @@ quality() {
         return
     fi
     local variant file own=weights/$(basename "$MODEL")
-    for variant in "64bit --bits 64" "hashattention --recipe hashattention" "hata --recipe hata" "each --recipe listwise_each" \
-        "query --share query"; do
+    for variant in "64bit --bits 64" "hashattention --recipe hashattention" "hata --recipe hata"; do
         file=$own-${variant%% *}.safetensors
         # shellcheck disable=SC2086  # flags are words
         [ -f "$file" ] || run train_hash.py --checkpoint_path "$MODEL" --data "$TRAIN"/*.txt --context 32768 --out "$file" \
             ${variant#* }
     done
-    local judge=(--checkpoint_path "$MODEL" --data "$BOOKS"/*.txt) theirs=(oracle_group quest double_sparsity lsh streaming) context
+    local shared=(--checkpoint_path "$MODEL" --data "$BOOKS"/*.txt) others=(oracle_group quest double_sparsity lsh streaming) context
     local compared=("$SIGNATURES" "$own-64bit.safetensors" "$own-hashattention.safetensors" "$own-hata.safetensors")
-    run -m hashfast eval ppl "${judge[@]}" --signatures "${compared[@]}" --context 32768 --last 1024 --batch_size 6 --ratios 16 32 64 \
+    run -m hashfast eval ppl "${shared[@]}" --signatures "${compared[@]}" --context 32768 --last 1024 --batch_size 6 --ratios 16 32 64 \
         --selector hash oracle_group streaming --json "$RESULTS/quality_ppl_32k.json"
     for context in 16 32; do
-        run -m hashfast eval needles "${judge[@]}" --signatures "${compared[@]}" --context $((1024 * context)) --batch_size 16 \
-            --ratios 16 32 --selector hash "${theirs[@]}" --json "$RESULTS/quality_needles_${context}k.json"
+        run -m hashfast eval needles "${shared[@]}" --signatures "${compared[@]}" --context $((1024 * context)) --batch_size 16 \
+            --ratios 16 32 --selector hash "${others[@]}" --json "$RESULTS/quality_needles_${context}k.json"
     done
-    run -m hashfast eval needles "${judge[@]}" --signatures "$SIGNATURES" "$own-each.safetensors" "$own-query.safetensors" \
-        --context 16384 --batch_size 16 --tasks every_line_key uuids --ratios 16 32 --selector oracle oracle_group oracle_max \
-        oracle_near oracle_split oracle_turns hash hash_turns hash_near hash_balanced hash_split hash_calibrated \
-        --json "$RESULTS/ideas_16k.json"
-    run -m hashfast eval grid "${judge[@]}" --signatures "$SIGNATURES" --batch_size 20 --ratios 16 --json "$RESULTS/needle_grid.json"
+    run -m hashfast eval grid "${shared[@]}" --signatures "$SIGNATURES" --batch_size 20 --ratios 16 --json "$RESULTS/needle_grid.json"
 }
 
 parts=" attention decode prefill speculate parity quality "

@@ -7,4 +7,5 @@ setup_venv requirements-dev.txt
 
 .venv/bin/python -m hashfast.commands.fetch_quickstart
 .venv/bin/python -m ruff check --quiet .
-exec .venv/bin/python -m pytest "$@"
+# two processes of one thread each: threads that wait for each other's small products spin
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -17,13 +17,19 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+import hashfast
 from hashfast import generate
-from hashfast.generate import Sampling, Session, parse_options, sample, sparse_settings
+from hashfast.common import UserError
+from hashfast.generate import Session, parse_options
 from hashfast.hash_attention import HashConfig
 from hashfast.model import Fingerprint, ModelArgs, SparseSettings, Transformer
+from hashfast.runtime import memory, session
 from hashfast.runtime.checkpoint import PRESETS, load_model
+from hashfast.runtime.memory import sparse_settings
 from hashfast.runtime.prompts import NewText
-from hashfast.runtime.signatures import random_encoders, save_signatures
+from hashfast.runtime.sampling import Sampling, sample
+from hashfast.runtime.session import DecodeOptions
+from hashfast.runtime.signatures import load_signatures, random_encoders, save_signatures
 from hashfast.runtime.tokenizer import Tokenizer
 
 SCRIPT = Path(generate.__file__)
@@ -227,7 +233,8 @@ def test_random_weights(command: Callable[..., Ran], monkeypatch: pytest.MonkeyP
 def test_budget(flags: tuple[str, ...], length: int, tokens: int, budget: int) -> None:
     """`tokens` is prompt and new tokens, `length` that of the cache."""
     options = parse_options(["--checkpoint_path", "x", "--attention", "hash", *flags])
-    assert sparse_settings(options, length, tokens) == SparseSettings(budget, options.sink, options.recent, 0)
+    settings = sparse_settings(length, tokens, options.budget, options.sparsity, options.sink, options.recent)
+    assert settings == SparseSettings(budget, options.sink, options.recent)
 
 
 def test_a_budget_of_the_whole_cache_gives_dense_tokens(run: Callable[..., Ran]) -> None:
@@ -270,6 +277,25 @@ def test_without_a_compiler(run: Callable[..., Ran], monkeypatch: pytest.MonkeyP
     ran = run("--compile", "--compile_prefill")
     assert ran.err.startswith("warning: no C++ compiler")
     assert ran.tokens == eager.tokens
+
+
+def test_a_session_as_a_notebook_uses_it(run: Callable[..., Ran], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The same texts as the command's; a prompt that goes on from another, a chat, and one that does not fit."""
+    model, tokenizer = load_model(tiny_checkpoint, "cpu", torch.float32), Tokenizer.load(tiny_checkpoint)
+    save_signatures(tmp_path / "tiny.safetensors", random_encoders(HashConfig(), model.fingerprint()), model.fingerprint(), {})
+    encoders, _ = load_signatures(tmp_path / "tiny.safetensors", model.fingerprint())
+    hashed = ("--attention", "hash", "--signatures", tmp_path / "tiny.safetensors", "--budget", 32, "--sink", 4, "--recent", 8)
+    for flags, how in (((), ()), (hashed, (encoders, SparseSettings(32, sink=4, recent=8)))):
+        for drafting in ((), ("--speculate", "self", "--speculate_k", 3)) if not flags else ((),):
+            options = DecodeOptions(temperature=0, speculate_k=3 if drafting else 0)
+            notebook = hashfast.Session(model, tokenizer, 128, *how, options=options)
+            for text in ("The quick brown fox", "The quick brown fox jumps"):
+                wanted = run("--prompt", text, *flags, *drafting, prompt=()).json["text"]
+                assert notebook.generate(text, max_new_tokens=24) == wanted[0]
+    wanted = run("--prompt", "Hi", "--chat", *hashed, prompt=()).json["text"]
+    assert notebook.generate("Hi", 24, chat=True) == notebook.generate([{"role": "user", "content": "Hi"}], 24) == wanted[0]
+    with pytest.raises(UserError, match="a prompt of 128 tokens leaves no room in caches of 128"):
+        notebook.generate("x" * 128)
 
 
 # ---------------------------------------------------------------------------------------------------------- comparisons
@@ -331,18 +357,19 @@ def lines(monkeypatch: pytest.MonkeyPatch, *turns: str) -> None:
 def test_a_conversation_keeps_the_cache(command: Callable[..., Ran], tiny_checkpoint: Path,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     prefilled, prompts, replies = [], [], []
-    original, run = generate.prefill, Session.run
+    original, run = session.prefill, Session.run
 
     def counted(model, ids, batch, start=0, **more):
         prefilled.append((start, len(ids)))
         return original(model, ids, batch, start, **more)
 
-    def recorded(self, ids, emit):
-        prompts.append(ids)
-        replies.append(run(self, ids, emit).tokens[0])
-        return generate.Sample([replies[-1]], 1.0, 1.0, 1)
+    def recorded(self, ids, count, emit):
+        prompts.extend(ids)
+        answer = run(self, ids, count, emit)
+        replies.extend(answer.tokens)
+        return answer
 
-    monkeypatch.setattr(generate, "prefill", counted)
+    monkeypatch.setattr(session, "prefill", counted)
     monkeypatch.setattr(Session, "run", recorded)
     lines(monkeypatch, "Hello there.", "And now?")
     flags = ("--checkpoint_path", tiny_checkpoint, "--temperature", 0, "--max_new_tokens", 30)
@@ -481,7 +508,7 @@ def test_sliding_window_shorter_than_the_cache(command: Callable[..., Ran], chec
 
 
 def test_too_little_memory(command: Callable[..., Ran], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "free_memory", lambda device: 2 ** 16)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 ** 16)
     monkeypatch.setattr(Transformer, "setup_caches", lambda *args: pytest.fail("memory was taken"))
     flags = ("--checkpoint_path", tiny_checkpoint, "--prompt", 200, "--max_new_tokens", 100)
     assert_refused(command(*flags), "at most 256 tokens fit")  # 256 bytes of K and V a token
@@ -495,13 +522,13 @@ def test_too_little_memory(command: Callable[..., Ran], tiny_checkpoint: Path, m
 def test_memory_plan(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     weights = 4 * (2 * 259 * 32 + 2 * (32 * 64 + 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32)
     for free, length, fits in ((2 ** 40, 512, 2 ** 32), (2 ** 16, 256, 256)):
-        monkeypatch.setattr(generate, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         ran = run("--max_seq_length", "auto")
         assert ran.json["kv_bytes"] == 256 * length
         assert ran.err.splitlines()[0] == (
             f"memory plan: weights {weights / 2 ** 30:.2f} GiB, K and V 0.00 GiB, signatures 0.0 MiB for {length} tokens, "
             f"work 0.00 GiB at most; up to {fits} tokens fit")
-    monkeypatch.setattr(generate, "free_memory", lambda device: 2 ** 34)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 ** 34)
     ran = run("--attention", "hash", "--budget", 500, "--max_seq_length", "auto", "--batch_size", 2)
     assert f"signatures {2 * 16 * 512 / 2 ** 20:.1f} MiB for 2 x 512 tokens, " in ran.err
     assert f"up to {2 ** 34 // 544} tokens fit" in ran.err

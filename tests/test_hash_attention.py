@@ -1,6 +1,7 @@
 """The references, which define the method, against independent few-line versions; signature files."""
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from hashfast import hash_attention as ha
 from hashfast.common import UserError
 from hashfast.hash_attention import HashConfig
-from hashfast.model import Fingerprint
+from hashfast.model import Fingerprint, RopeScaling
 from hashfast.runtime import signatures as files
 
 MODEL = Fingerprint(n_layer=2, n_head=6, n_kv_head=2, head_dim=16, rope_theta=1e4, vocab_size=50)
@@ -181,6 +182,25 @@ def test_foreign_or_broken_signature_files_are_refused(tmp_path):
     save_file(tensors, path, metadata={"hashfast": json.dumps({"config": {}, "model": vars(MODEL)})})
     with pytest.raises(UserError, match=r"layer 1.*key\.0\.bias"):
         files.load_signatures(path, MODEL)
+
+
+def test_signatures_of_another_model_of_the_same_shape_warn(tmp_path, capsys):
+    path, yarn = tmp_path / "s.safetensors", RopeScaling("yarn", 4.0, 64)
+    here = replace(MODEL, norms="aa", rope_scaling=yarn)
+    encoders = files.random_encoders(HashConfig(), MODEL)
+    files.save_signatures(path, encoders, here, {})
+    for silent in (here, replace(here, norms=None)):  # a model without weights has no hash
+        files.load_signatures(path, silent)
+        assert capsys.readouterr().err == ""
+    for field, value in (("norms", "bb"), ("rope_scaling", None), ("rope_scaling", replace(yarn, factor=2.0))):
+        files.load_signatures(path, replace(here, **{field: value}))
+        said = capsys.readouterr().err
+        assert said.startswith(f"warning: {path} is of another model of this shape: {field} is ") and said.count("\n") == 1
+    # a file from before they were stored
+    about = {"config": {}, "model": {name: value for name, value in vars(MODEL).items() if value is not None}}
+    save_file(load_file(path), path, metadata={"hashfast": json.dumps(about)})
+    files.load_signatures(path, here)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("wrong", [{"bits": 48}, {"query_bits": 0}, {"query_bits": 9}, {"depth": 4}, {"hidden": 0},

@@ -1,5 +1,8 @@
 """The import rule: who may import whom, by which name, and what must not be needed to import anything."""
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +79,47 @@ def test_one_module_one_name(path: Path) -> None:
     """A bare `import model` would be a second module of the same file."""
     tree = TESTS.get(path) or ast.parse(path.read_text(encoding="utf-8"))
     assert not {name.split(".")[0] for name in imported(tree)} & {*FOUR}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_private_names_stay_in_their_file(name: str) -> None:
+    bound = {}  # names of this file that are modules of ours
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            bound |= {alias.asname or alias.name: alias.name for alias in node.names if alias.name in FILES}
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "hashfast":
+            private = [alias.name for alias in node.names if alias.name.startswith("_") and not alias.name.endswith("__")]
+            assert not private, f"{name} takes {', '.join(private)} from {node.module}"
+            bound |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
+                      if f"{node.module}.{alias.name}" in FILES}
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__"):
+            assert ast.unparse(node.value) not in bound, f"{name} uses {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_command_lines_are_read_by_commands(name: str) -> None:
+    """Below them functions take dataclasses and plain arguments, which a notebook can give."""
+    if not name.startswith(("hashfast.commands.", "hashfast.common", "hashfast.generate", "hashfast.train_hash")):
+        assert "argparse" not in [*imported(TREES[name])]
+
+
+def test_everything_imports_without_triton_and_gpu() -> None:
+    names = [name for name in FILES if not name.startswith("hashfast.kernels.")]
+    code = f"""import importlib, sys
+sys.modules["triton"] = None
+for name in {names}:
+    importlib.import_module(name)
+import torch
+assert not torch.cuda.is_initialized()"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_itself_and_what_commands_share_import_no_torch() -> None:
+    code = "import sys, hashfast, hashfast.common, hashfast.__main__; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_links() -> None:

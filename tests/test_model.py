@@ -4,11 +4,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hashfast.commands.quantize import quantize_folder
+from hashfast.common import UserError
 from hashfast.hash_attention import HashConfig, select_tokens
 from hashfast.model import SparseSettings
+from hashfast.ops.quant_linear import Quantization
 from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.decode import Decoder, decode, prefill
-from hashfast.runtime.memory import tokens_read
+from hashfast.runtime.memory import bytes_per_step, tokens_read
 from hashfast.runtime.sampling import Sampling
 from hashfast.runtime.signatures import random_encoders
 
@@ -162,6 +165,61 @@ def test_every_layer_and_head_reads_its_own_budget(pair):
     assert tokens_read(replace(settings, dense_layers=2), ours, 1000) == pytest.approx((2000 + 113 / 2) / 3)
     ours.set_sparse(SparseSettings(32, sink=4, recent=8))
     assert all(layer.attention.budgets is None for layer in ours.layers)
+
+
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_settings_decide_which_layers_are_sparse(pair):
+    """Those that the caches were made for and those that come later, an equal setting without new tensors."""
+    ours = pair[1]
+    settings = SparseSettings(32, sink=4, recent=8, dense_layers=1, budgets=((1, 1), (32, 16), (12, 20)))
+    ours.setup_caches(1, 64, random_encoders(HashConfig(), ours.fingerprint()), SparseSettings(32, sink=4, recent=8))
+    attentions = [layer.attention for layer in ours.layers]
+    assert all(attention.encoder is not None and attention.sparse is not None for attention in attentions)
+    ours.set_sparse(settings)
+    assert [attention.sparse for attention in attentions] == [None, settings, settings]
+    assert bytes_per_step(ours, None, 50, 1) - bytes_per_step(ours, settings, 50, 1) == 256 * (50 - 24 + 50 - 16)  # K and V
+    before = [attention.budgets for attention in attentions]
+    ours.set_sparse(None)
+    ours.set_sparse(replace(settings))  # a captured step reads the tensors
+    assert all(attention.budgets is budgets for attention, budgets in zip(attentions, before, strict=True))
+
+
+def test_budgets_that_selection_cannot_keep_are_refused():
+    SparseSettings(8, sink=4, recent=8)  # the cache is shorter than sink and recent
+    SparseSettings(8, sink=4, recent=8, budgets=((8, 8),))
+    for wrong in ({"budget": 0}, {"budgets": ((16, 11),)}, {"budgets": ((16, 0),)}, {"budgets": ((33, 16),)}):
+        with pytest.raises(UserError):
+            SparseSettings(**{"budget": 32, "sink": 4, "recent": 8, **wrong})
+
+
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_selectors_observe_prompts_and_go_with_the_caches(pair):
+    class Observer(torch.nn.Module):
+        def observe(self, q, k, row, start):
+            seen.append((q.shape, k.shape, row, start))
+
+    ours, seen, attention = pair[1], [], pair[1].layers[1].attention
+    ours.setup_caches(2, 64)
+    attention.selector = Observer()
+    with torch.inference_mode():
+        ours.prefill(torch.arange(20), row=1)
+        ours.prefill(torch.arange(9), row=1, start=20)
+    assert seen == [((1, 20, 6, 16), (1, 2, 20, 16), 1, 0), ((1, 9, 6, 16), (1, 2, 9, 16), 1, 20)]
+    ours.setup_caches(1, 64)
+    assert attention.selector is None
+
+
+@pytest.mark.parametrize("pair", ["llama-yarn"], indirect=True)
+def test_fingerprint(pair, tmp_path):
+    """The hash of the norms is of their values in bfloat16, whatever the weights' type; a random norm changes it."""
+    theirs, ours = pair
+    print_ = ours.fingerprint()
+    assert print_ == load_model(tmp_path, "cpu", torch.bfloat16).fingerprint() and print_.rope_scaling.kind == "yarn"
+    assert load_model(tmp_path, "meta").fingerprint() == replace(print_, norms=None)
+    quantize_folder(tmp_path, tmp_path / "int8", Quantization("int8"), "cpu")
+    assert load_model(tmp_path / "int8", "cpu").fingerprint() == print_
+    ours.layers[2].ffn_norm.weight[5] = 1.5
+    assert ours.fingerprint() == replace(print_, norms=ours.hash_norms()) != print_
 
 
 @pytest.mark.parametrize("pair", ["llama"], indirect=True)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 CHECKPOINT, BOOK = ROOT / "checkpoints" / "smollm2-135m-instruct", ROOT / "data" / "alice29.txt"
 CONTEXT, LAST = 3072, 96
 
-pytestmark = pytest.mark.skipif(not (CHECKPOINT.exists() and BOOK.exists()), reason="run scripts/fetch_quickstart.py first")
+pytestmark = pytest.mark.skipif(not (CHECKPOINT.exists() and BOOK.exists()), reason="run scripts/quickstart.sh first")
 
 
 @pytest.fixture(scope="module")

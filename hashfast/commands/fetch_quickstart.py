@@ -16,10 +16,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from hashfast.commands.convert_gguf import convert
-from hashfast.common import UserError, atomic_path, run_command
+from hashfast.common import ROOT, UserError, atomic_path, run_command
+from hashfast.runtime.gguf import convert
 
-ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "checkpoints" / "smollm2-135m-instruct"
 BOOK = ROOT / "data" / "alice29.txt"
 PROMPT = ROOT / "checkpoints" / "alice-question.txt"

@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from hashfast.common import Parser, UserError, check_device, default_device
 from hashfast.model import Transformer
-from hashfast.ops.prompt_attention import causal_attention
 from hashfast.ops.quant_linear import GROUPSIZES, Quantization, is_int8, quantize_int4, quantize_int8
 from hashfast.runtime.checkpoint import QUANT_METHOD, load_model, load_quantization, plan_loading, read_tensors
 from hashfast.runtime.prompts import read_text
@@ -180,8 +179,7 @@ def perplexity(model: Transformer, windows: list[Tensor], task: str) -> float:
         ids = ids.to(device)
         x, cos, sin = model.embed(ids[None], torch.arange(len(ids), device=device)[None])
         for layer in model.layers:
-            q, k, v, _ = layer.project(x, cos, sin)
-            x = layer.finish(x, causal_attention(q, k, v))
+            x = layer.prompt(x, cos, sin)[0]
         for hidden, following in zip(x[0, :-1].split(256), ids[1:].split(256), strict=True):  # all logits would fill memory
             logprobs = model.logits(hidden[None])[0].float().log_softmax(dim=-1)
             total -= logprobs.gather(-1, following[:, None]).sum().item()
@@ -189,9 +187,9 @@ def perplexity(model: Transformer, windows: list[Tensor], task: str) -> float:
     return math.exp(total / count)
 
 
-def measure(folder: Path, windows: list[Tensor], options: argparse.Namespace, task: str) -> float:
-    """The perplexity of the model in `folder`, which is gone again afterwards."""
-    model = load_model(folder, options.device, getattr(torch, options.precision))
+def measure(folder: Path, windows: list[Tensor], device: str, dtype: torch.dtype, task: str) -> float:
+    """The perplexity of the model in `folder`, whose memory is free again afterwards."""
+    model = load_model(folder, device, dtype)
     limit = min(model.args.max_position, model.args.sliding_window or WINDOW)
     return perplexity(model, [window[:limit] for window in windows], task)
 
@@ -229,13 +227,14 @@ def main() -> None:
     model, _, files = plan_loading(source)
     if options.mode == "int4":
         check_groupsize(model, quantization)
+    dtype = getattr(torch, options.precision)
     windows = read_windows(source, options.data, options.windows) if options.data else []
-    before = measure(source, windows, options, "before") if windows else None
+    before = measure(source, windows, options.device, dtype, "before") if windows else None
     size, int4, coarse = quantize_folder(source, out, quantization, options.device)
     was = sum(path.stat().st_size for path in files)
     print(f"{out} is ready: {was / 1e9:.2f} GB before, {size / 1e9:.2f} GB now")
     if before is not None:
-        after = measure(out, windows, options, "after")
+        after = measure(out, windows, options.device, dtype, "after")
         print(f"perplexity {before:.4f} before, {after:.4f} now, ratio {after / before:.4f} "
               f"({sum(map(len, windows)) - len(windows)} tokens, {options.precision})")
     if coarse:

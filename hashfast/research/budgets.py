@@ -1,10 +1,10 @@
-"""Budgets that follow the need: heads whose attention is spread over many tokens read more, the others fewer, the sum stays.
+"""Budgets per layer and head with a fixed sum: heads whose attention is spread over many tokens read more, the others fewer.
 
-train_hash.py measures how the attention mass that signatures catch grows with the budget, on sequences kept out of training;
-`divide` hands a budget out where it catches most, and the signatures file keeps the result as shares. `budgets_for` turns
-shares into tokens. All of it happens before decoding: a step's shapes stay static.
+train_hash.py measures recall against budget on held-out sequences; `divide` allocates units of budget where recall gains most,
+and the signatures file keeps the result as shares. `budgets_for` turns shares into tokens, before decoding: a step's shapes
+stay static.
 
-A budget is the window (sink and recent) and units of 64 chosen tokens, of which every head has at least one. A share is a
+A budget is the window (sink and recent) and units of 64 selected tokens, of which every head has at least one. A share is a
 head's part of the units above that one, with mean 1 over all heads.
 """
 import math
@@ -17,12 +17,12 @@ from hashfast.common import UserError
 from hashfast.model import SparseSettings
 
 UNIT = 64
-MOST = 3  # a head's chosen tokens, in means: every row of indices is as long as the longest, and 4 catch hardly more
+MOST = 3  # cap of a head's selected tokens, as a multiple of the mean: rows of indices are padded to it, and 4 gain little
 RATIOS = (8, 16, 32, 64)  # of the context to the budget that shares are made for
 
 
 def falling(gains: list[float]) -> list[float]:
-    """The slopes of the smallest concave function above one with these slopes (pool adjacent violators)."""
+    """The slopes of the concave hull of a curve with these slopes (pool adjacent violators)."""
     pools: list[tuple[float, int]] = []  # mean, count
     for gain in gains:
         mean, count = gain, 1
@@ -34,10 +34,10 @@ def falling(gains: list[float]) -> list[float]:
 
 
 def divide(curves: Tensor, units: int) -> Tensor:
-    """Hand out `units` units per head on average so that the heads together catch the most.
+    """Allocate `units` units per head on average so that the heads' summed recall is the largest.
 
-    curves float32 [heads, J]: mass caught by 1 .. J units, J >= units -> int64 [heads], each 1 .. J, their sum heads * units.
-    Optimal where the curves are concave; elsewhere a head may end inside a stretch that its concave hull bridges.
+    curves float32 [heads, J]: recall of 1 .. J units, J >= units -> int64 [heads], each 1 .. J, their sum heads * units.
+    Greedy on the slopes of each curve's concave hull: optimal where the curves are concave.
     """
     slopes = torch.tensor([falling(row) for row in curves.double().diff(dim=1).tolist()], dtype=torch.float64)
     # by unit first, so that heads of equal slopes take turns

@@ -1,14 +1,11 @@
-"""Tasks of lm-evaluation-harness, answered by the decode step of one of eval.py's runs.
+"""Tasks of lm-evaluation-harness, answered by decode steps. Needs the package lm_eval.
 
 A prompt is read densely but for its last `tail` tokens (the question, as a rule); these, what is generated and every
 continuation that is scored go through decode steps, so that the run's selector matters wherever a token is predicted. The
-budget is that of --context, whatever a prompt's length: one no longer than the budget is attended to in full.
-
-Needs the package lm_eval; `python eval.py lm` is the command.
+budget is that of the evaluator's context, whatever a prompt's length: one no longer than the budget is attended to in full.
 """
-import argparse
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import lm_eval
 import torch
@@ -19,9 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from hashfast.common import UserError
-
-if TYPE_CHECKING:
-    from hashfast.commands.eval import DecodeEvaluator, Run
+from hashfast.research.evaluator import DecodeEvaluator, EvalConfig, Run
 
 STRIDE = 16  # tokens generated between looks at whether all answers have ended
 
@@ -29,37 +24,37 @@ STRIDE = 16  # tokens generated between looks at whether all answers have ended
 class DecodeLM(TemplateLM):
     """The harness's interface to one run. Greedy only."""
 
-    def __init__(self, judge: "DecodeEvaluator", run: "Run", tail: int, chat: bool) -> None:
+    def __init__(self, evaluator: DecodeEvaluator, run: Run, tail: int, chat: bool) -> None:
         super().__init__()
-        self.judge, self.run, self.tail, self.chat = judge, run, tail, chat
+        self.evaluator, self.run, self.tail, self.chat = evaluator, run, tail, chat
 
     @property
     def eot_token_id(self) -> int:
-        return min(self.judge.tokenizer.stop_ids, default=0)
+        return min(self.evaluator.tokenizer.stop_ids, default=0)
 
     @property
     def prefix_token_id(self) -> int:
-        bos = self.judge.tokenizer.bos_id
+        bos = self.evaluator.tokenizer.bos_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        return self.judge.options.checkpoint_path.resolve().name
+        return self.evaluator.config.checkpoint_path.resolve().name
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if not add_generation_prompt:
             raise UserError("this task begins the model's answer itself, which --chat does not support; leave --chat out")
-        return self.judge.tokenizer.chat_text(chat_history)
+        return self.evaluator.tokenizer.chat_text(chat_history)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
         # a chat template writes bos and the other special tokens out
-        return self.judge.tokenizer.encode(string, bos=not self.chat and add_special_tokens is not False, special=self.chat)
+        return self.evaluator.tokenizer.encode(string, bos=not self.chat and add_special_tokens is not False, special=self.chat)
 
     def batches(self, requests: list, lengths: list[int], name: str, quiet: bool) -> Iterator[list[int]]:
         """Indices of requests to answer together: those of similar `lengths`, the most tokens to decode first."""
         order = sorted(range(len(requests)), key=lambda i: -lengths[i])
         with tqdm(desc=name, total=len(order), unit="request", leave=False, disable=quiet) as progress:
-            for batch in self.judge.batches(order):
+            for batch in self.evaluator.batches(order):
                 yield batch
                 progress.update(len(batch))
 
@@ -67,14 +62,14 @@ class DecodeLM(TemplateLM):
                               disable_tqdm: bool = False, **kwargs: object) -> list[tuple[float, bool]]:
         """Of each (texts, context ids, continuation ids): the continuation's log-likelihood, and whether it is the greedy one.
         What does not fit into the cache is cut off on the left."""
-        judge = self.judge
+        evaluator = self.evaluator
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for batch in self.batches(requests, [len(request[2]) for request in requests], "score", disable_tqdm):
-            texts = [torch.tensor((requests[i][1] + requests[i][2])[-judge.context:]) for i in batch]
+            texts = [torch.tensor((requests[i][1] + requests[i][2])[-evaluator.context:]) for i in batch]
             counts = [min(len(requests[i][2]), len(ids) - 1) for i, ids in zip(batch, texts, strict=True)]
             starts = [max(0, len(ids) - count - self.tail) for ids, count in zip(texts, counts, strict=True)]
-            judge.read([ids[:start] for ids, start in zip(texts, starts, strict=True)])
-            scores, likeliest = judge.score(self.run, texts, starts, max(counts))
+            evaluator.read([ids[:start] for ids, start in zip(texts, starts, strict=True)])
+            scores, likeliest = evaluator.score(self.run, texts, starts, max(counts))
             for i, ids, count, score, tokens in zip(batch, texts, counts, scores, likeliest, strict=True):
                 answers[i] = (score[-count:].sum().item(), torch.equal(tokens[-count:], ids[-count:]))
         return answers
@@ -84,7 +79,7 @@ class DecodeLM(TemplateLM):
         windows, owners = [], []
         for owner, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.judge.context - 1, 1):
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.evaluator.context - 1, 1):
                 windows.append((("", ""), *make_disjoint_window(window)))
                 owners.append(owner)
         totals = [0.0] * len(requests)
@@ -98,11 +93,11 @@ class DecodeLM(TemplateLM):
         settings = [request.args[1] for request in requests]
         for wanted in settings:
             if wanted.get("do_sample") or wanted.get("temperature"):
-                raise UserError("this task asks for sampled answers; only greedy ones (do_sample: false) are supported")
-        limits = [min(wanted.get("max_gen_toks", 256), self.judge.context // 2) for wanted in settings]
+                raise UserError("this task samples its answers; only greedy ones (do_sample: false) are supported")
+        limits = [min(wanted.get("max_gen_toks", 256), self.evaluator.context // 2) for wanted in settings]
         answers = [""] * len(requests)
         for batch in self.batches(requests, limits, "generate", disable_tqdm):
-            room = self.judge.context - max(limits[i] for i in batch)
+            room = self.evaluator.context - max(limits[i] for i in batch)
             texts = self.generate([torch.tensor(prompts[i][-room:]) for i in batch], [limits[i] for i in batch],
                                   [settings[i].get("until") or [] for i in batch])
             for i, text in zip(batch, texts, strict=True):
@@ -111,16 +106,16 @@ class DecodeLM(TemplateLM):
 
     def generate(self, prompts: list[torch.Tensor], limits: list[int], until: list[str | list[str]]) -> list[str]:
         """One batch of `generate_until`. prompts: int64 [T] each, which fit the cache together with the largest limit."""
-        judge = self.judge
+        evaluator = self.evaluator
         starts = [max(0, len(ids) - 1 - self.tail) for ids in prompts]
-        judge.read([ids[:start] for ids, start in zip(prompts, starts, strict=True)])
+        evaluator.read([ids[:start] for ids, start in zip(prompts, starts, strict=True)])
         if max(map(len, prompts)) > 1:
-            judge.score(self.run, prompts, starts, 1)  # the tails, but for the last token of each
+            evaluator.score(self.run, prompts, starts, 1)  # the tails, but for the last token of each
         tokens: list[list[int]] = [[] for _ in prompts]
         for done in range(0, max(limits), STRIDE):
             last = [new[-1] if new else int(ids[-1]) for new, ids in zip(tokens, prompts, strict=True)]
             lengths = [len(ids) - 1 + done for ids in prompts]
-            more = judge.continue_greedily(self.run, last, lengths, min(STRIDE, max(limits) - done))
+            more = evaluator.continue_greedily(self.run, last, lengths, min(STRIDE, max(limits) - done))
             tokens = [old + new for old, new in zip(tokens, more, strict=True)]
             answers = [self.cut(*each) for each in zip(tokens, limits, until, strict=True)]
             if all(ended for _, ended in answers):
@@ -129,29 +124,37 @@ class DecodeLM(TemplateLM):
 
     def cut(self, tokens: list[int], limit: int, until: str | list[str]) -> tuple[str, bool]:
         """The answer's text, up to its end, and whether that was reached."""
-        stop_ids = self.judge.tokenizer.stop_ids
+        stop_ids = self.evaluator.tokenizer.stop_ids
         end = next((i for i, token in enumerate(tokens[:limit]) if token in stop_ids), min(limit, len(tokens)))
-        text = self.judge.tokenizer.decode(tokens[:end])
+        text = self.evaluator.tokenizer.decode(tokens[:end])
         ends = [text.index(stop) for stop in ([until] if isinstance(until, str) else until) if stop and stop in text]
         return text[:min(ends, default=None)], bool(ends) or end < len(tokens) or end == limit
 
 
-def evaluate(judge: "DecodeEvaluator", options: argparse.Namespace) -> Iterator[tuple["Run", dict]]:
-    """Every run with each figure of each task: task, metric (the harness's name, its filter behind a comma), value, samples."""
-    manager = TaskManager(include_path=None if options.include_path is None else str(options.include_path))
-    unknown = [name for name in options.tasks if name not in manager.all_tasks]
+def lm(config: EvalConfig, tasks: list[str], include_path: Path | None = None, limit: int | None = None, tail: int = 64,
+       chat: bool = False) -> Iterator[dict]:
+    """One row per run, task and metric (the harness's name, its filter behind a comma).
+
+    include_path: a folder with more tasks (YAML). limit: documents per task. tail: last tokens of a prompt that are decoded,
+    not prefilled. chat: wrap prompts in the model's chat template.
+    """
+    evaluator = DecodeEvaluator(config, config.batch_size)
+    evaluator.prepare()
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
         raise UserError(f"the harness knows no task {unknown[0]!r}; give --include_path with its YAML file, or another name")
-    for run in judge.runs:
+    for run in evaluator.runs:
         try:
             results = lm_eval.simple_evaluate(
-                DecodeLM(judge, run, options.tail, options.chat), tasks=list(options.tasks), limit=options.limit,
-                task_manager=manager, apply_chat_template=options.chat, log_samples=False, bootstrap_iters=0,
-                fewshot_random_seed=options.seed)
+                DecodeLM(evaluator, run, tail, chat), tasks=list(tasks), limit=limit, task_manager=manager,
+                apply_chat_template=chat, log_samples=False, bootstrap_iters=0, fewshot_random_seed=config.seed)
         except OSError as error:  # the harness reads its data from files or from the network
-            raise UserError(f"cannot read the data of {' '.join(options.tasks)}: {error}; check the task's files") from error
+            raise UserError(f"cannot read the data of {' '.join(tasks)}: {error}; check the task's files") from error
         for task, figures in results["results"].items():
             samples = results["n-samples"].get(task, {}).get("effective")
             for metric, value in figures.items():
                 if isinstance(value, float | int) and "," in metric and "_stderr" not in metric:
-                    yield run, {"task": task, "metric": metric, "value": float(value), "samples": samples}
+                    print(f"{task:24} {run} {metric:24} {value:.4f} of {samples}", flush=True)
+                    yield {**evaluator.row(run), "task": task, "metric": metric, "value": float(value), "samples": samples,
+                           "tail": tail, "limit": limit, "chat": chat}

@@ -2,7 +2,7 @@
 
 The tasks follow those of RULER (arXiv 2404.06654, section 3) in spirit; wording and word lists are this project's own. A
 document depends on its arguments alone. `split` is part of the seed, so that the documents signatures are trained on
-("train") and those a model is judged by ("eval") never share a random stream, whatever the seeds.
+("train") and those of measurements ("eval") never share a random stream, whatever the seeds.
 """
 import random
 import re
@@ -23,7 +23,7 @@ THIRD = ("anchor basket candle drum engine feather garden hammer inkwell jacket 
 
 @dataclass(frozen=True)
 class Needle:
-    """One document: `context` holds the facts, `question` asks for them, `answers` are what a right answer names, in order.
+    """One document: `context` holds the facts, `question` is about them, `answers` are what a right answer contains, in order.
 
     `question` ends where the answer begins; `text` is the whole, for training and for teacher-forced scores.
     """
@@ -82,7 +82,7 @@ def _largest(build: Callable[[int], Needle], target_length: int, length: Callabl
 
     low, high = 1, 2
     if not fits(low):
-        raise UserError(f"a retrieval document does not fit into a length of {target_length}; ask for a longer one")
+        raise UserError(f"a retrieval document does not fit into a length of {target_length}; give a longer one")
     while fits(high):
         low, high = high, 2 * high
     while high - low > max(1, low // 200):
@@ -110,19 +110,19 @@ def _code(rng: random.Random) -> str:
     return str(rng.randrange(1_000_000, 10_000_000))
 
 
-def _ask_code(key: str) -> str:
+def _code_question(key: str) -> str:
     return f"\n\nQuestion: What is the access code of {key} in the text above?\nAnswer: The access code of {key} is"
 
 
 def _single(rng: random.Random) -> tuple[list[str], str, tuple[str, ...]]:
     key, code = _keys(rng, 1)[0], _code(rng)
-    return [f"The access code of {key} is {code}."], _ask_code(key), (code,)
+    return [f"The access code of {key} is {code}."], _code_question(key), (code,)
 
 
 def _multi_key(rng: random.Random) -> tuple[list[str], str, tuple[str, ...]]:
     codes = {key: _code(rng) for key in _keys(rng, 4)}
     key = rng.choice(list(codes))
-    return [f"The access code of {k} is {code}." for k, code in codes.items()], _ask_code(key), (codes[key],)
+    return [f"The access code of {k} is {code}." for k, code in codes.items()], _code_question(key), (codes[key],)
 
 
 def _multi_value(rng: random.Random) -> tuple[list[str], str, tuple[str, ...]]:
@@ -150,7 +150,7 @@ def _every_line_key(rng: random.Random, n: int) -> Needle:
     codes = {key: _code(rng) for key in _keys(rng, n)}
     key = rng.choice(list(codes))
     context = "\n".join(f"The access code of {k} is {code}." for k, code in codes.items())
-    return Needle("every_line_key", context, _ask_code(key), (codes[key],))
+    return Needle("every_line_key", context, _code_question(key), (codes[key],))
 
 
 def _uuids(rng: random.Random, n: int) -> Needle:

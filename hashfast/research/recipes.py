@@ -1,5 +1,5 @@
-"""Recipes: how the encoders of one layer are trained. `Listwise` and `ListwiseEach` are ours, `HashAttention` and `Hata` the
-two papers'.
+"""Recipes: how the encoders of one layer are trained. `Listwise` is ours, `HashAttention` and `Hata` the two
+papers'.
 
 Symbols: T sequence length, n query positions of one step, Hq query heads, Hkv key/value heads, Hs signature heads, G query
 heads per signature head, D head_dim, b signature bits.
@@ -43,7 +43,7 @@ class Recipe(nn.Module):
 
 
 class Listwise(Recipe):
-    """Ours: the scores of the selectable tokens, as a distribution, shall be the group's attention over them.
+    """Ours: the softmax of the selectable tokens' scores approximates the group's attention over them.
 
     Cross-entropy between the attention mass of a signature head's query heads (outside sink and recent, normalised) and
     softmax(scale * score), scale learned per head, score = sum_i c_i tanh(slope * phi_k(k)_i) with c the summed query codes.
@@ -53,7 +53,7 @@ class Listwise(Recipe):
     def __init__(self, encoder: HashEncoder) -> None:
         super().__init__(encoder)
         # The first distribution is nearly uniform: one that is sharp and wrong costs most of the steps to undo.
-        scale = torch.full((encoder.n_signature_head, 1, 1, 1), -3.0, device=encoder.key[0].weight.device)
+        scale = torch.full((encoder.n_signature_head, 1, 1), -3.0, device=encoder.key[0].weight.device)
         self.log_scale = nn.Parameter(scale)
 
     def forward(self, q: Tensor, k: Tensor, weights: Tensor, selectable: Tensor, progress: float) -> Tensor:
@@ -61,34 +61,16 @@ class Listwise(Recipe):
         query, key = self.codes(q, k)
         if self.encoder.config.query_bits == 1:  # a query code then counts by its sign alone
             query = torch.tanh(slope * query)
-        score = (self.log_scale.exp() * self.queries(query)) @ torch.tanh(slope * key)[:, None].transpose(2, 3)  # [Hs, H, n, T]
-        mass = self.targets(weights.unflatten(0, (-1, self.encoder.group))) * selectable
+        score = (self.log_scale.exp() * query.sum(dim=1)) @ torch.tanh(slope * key).transpose(1, 2)  # [Hs, n, T]
+        mass = weights.unflatten(0, (-1, self.encoder.group)).sum(dim=1) * selectable
         mass = mass / mass.sum(dim=-1, keepdim=True).clamp(min=1e-9)
         return (score.masked_fill(~selectable, float("-inf")).logsumexp(dim=-1) - (mass * score).sum(dim=-1)).mean()
-
-    def queries(self, codes: Tensor) -> Tensor:
-        """The queries that score tokens, [Hs, G, n, b] -> [Hs, H, n, b]: one for a group, the sum of its heads' codes."""
-        return codes.sum(dim=1, keepdim=True)
-
-    def targets(self, weights: Tensor) -> Tensor:
-        """The attention that their scores shall follow, before it is normalised. [Hs, G, n, T] -> [Hs, H, n, T]."""
-        return weights.sum(dim=1, keepdim=True)
 
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=3e-2)
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-2, total_steps=steps)
-
-
-class ListwiseEach(Listwise):
-    """`Listwise` of each query head for its own attention, by the group's one signature: for heads that choose in turn."""
-
-    def queries(self, codes: Tensor) -> Tensor:
-        return codes
-
-    def targets(self, weights: Tensor) -> Tensor:
-        return weights
 
 
 class HashAttention(Recipe):
@@ -120,7 +102,7 @@ class Hata(Recipe):
     0.01 mean(s ||h_q - h_k||^2) + bit balance + ||W'W - I||. SGD at 0.1 with momentum 0.9.
 
     Means are over pairs and heads, and W starts as random projections of unit length. The authors' trainer sums over heads, so
-    that similarity weighs more, and starts from unit variance; in our hands that catches less attention (results/NOTES.md).
+    that similarity weighs more, and starts from unit variance; in our hands that has a lower recall (results/NOTES.md).
     Where bits > D, W'W cannot be I; that W W' could be instead makes no difference.
     """
     config = HashConfig(bits=128, query_bits=1)
@@ -152,5 +134,4 @@ class Hata(Recipe):
         return encoder
 
 
-RECIPES: dict[str, type[Recipe]] = {"listwise": Listwise, "listwise_each": ListwiseEach,
-                                    "hashattention": HashAttention, "hata": Hata}
+RECIPES: dict[str, type[Recipe]] = {"listwise": Listwise, "hashattention": HashAttention, "hata": Hata}

@@ -1,9 +1,8 @@
-"""What bench.py and eval.py measured, for people: lines on the terminal, tables for README.md and results/README.md, PNGs.
+"""Tables in Markdown from results files, for README.md and results/README.md (which explains each table above its markers).
 
-A results file is JSON: {"gpu", "torch", "triton", "commit", "command", "rows"}. `python bench.py report` turns the files of a
-folder into tables, each with where and how it was measured below it; every figure in them comes from a row.
+A results file is JSON: {"gpu", "torch", "triton", "commit", "command", "rows"}. Below each table stands where and how it was
+measured; every figure comes from a row.
 """
-import argparse
 import json
 import os
 import re
@@ -11,11 +10,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hashfast.common import UserError, atomic_path
+from hashfast.common import UserError, atomic_path, command_line
+
+
+def save_results(path: Path, about: dict[str, object], rows: list[dict], *launch: str) -> None:
+    """Write a results file. about: `environment()`, taken before a tracked file changed. launch: as for `command_line`."""
+    with atomic_path(path) as beside:
+        beside.write_text(json.dumps({**about, "command": command_line(*launch), "rows": rows}, indent=1) + "\n")
 
 
 def print_table(rows: list[dict], header: bool) -> None:
-    """Rows as bench.py measures them, with their names above the first."""
+    """Rows of a results file on the terminal, with their names above the first."""
     def cell(value: object) -> str:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -67,16 +72,18 @@ def attention_table(rows: list[dict]) -> str:
     """Lines of one batch, context and sparsity: all modes of signatures, and the dense peers measured on the same caches."""
     lines = []
     for case in by(rows, lambda row: (row["batch"], row["context"], row["sparsity"])):
-        hash, paper, hata = (pick(case, mode=mode) for mode in ("default", "hashattention", "hata"))
+        hash, hashattention, hata = (pick(case, mode=mode) for mode in ("default", "hashattention", "hata"))
         dense = next(row for row in case if "dense_best_us" in row)
         lines.append([
-            f"{shape(dense)}, 1/{dense['sparsity']}", fixed(hash.get("total_us"), 1), fixed(hash.get("floor_us"), 1),
+            f"{shape(dense)}, 1/{dense['sparsity']}", fixed(hash.get("total_us"), 1), fixed(hash.get("portable_us"), 1),
+            fixed(hash.get("floor_us"), 1),
             f"{dense['dense_best_us']:.0f} ({dense['dense_best']}, {dense['dense_gb_s']:.0f} GB/s)",
             fixed(dense["dense_best_us"] / hash["total_us"] if hash else None, 1, "x"), fixed(dense["flash_us"], 0),
             fixed(dense["flex_us"], 0), fixed(dense.get("classic_us"), 0), fixed(dense.get("topk_us"), 0),
-            fixed(hash.get("encode_us"), 1), fixed(paper.get("total_us"), 1), fixed(hata.get("total_us"), 1)])
-    return markdown(["batch x context, read", "hash", "floor", "fastest dense", "hash is", "FlashDecode", "FlexAttention",
-                     "first gpt-fast", "torch.topk alone", "encoding, on top", "HashAttention's signatures", "HATA's"], lines)
+            fixed(hash.get("encode_us"), 1), fixed(hashattention.get("total_us"), 1), fixed(hata.get("total_us"), 1)])
+    return markdown(["batch x context, read", "hash", "portable", "floor", "fastest dense", "hash is", "FlashDecode",
+                     "FlexAttention", "first gpt-fast", "torch.topk alone", "encoding, on top", "HashAttention's signatures",
+                     "HATA's"], lines)
 
 
 def decode_table(rows: list[dict]) -> str:
@@ -272,42 +279,25 @@ def summary(folder: Path, base: Path) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of every file that `files` matches in a results folder, with what a reader must know above it."""
+    """A table of every file that `files` matches in a results folder. image: whether the plot beside the file is shown."""
     files: str
-    about: str
     make: Callable[[list[dict]], str]
-    image: bool = False  # whether the plot beside the file is shown
+    image: bool = False
 
 
 TABLES = {
-    "attention": Table("attention*.json", "**One layer's attention**, microseconds: score, select, attend in one CUDA graph; "
-                       "random data. *Floor*: the bytes that must be read over the copy bandwidth of the same run. Encoding "
-                       "includes RoPE and the append of K and V, which a dense step needs too. *First gpt-fast*: SDPA with a "
-                       "mask on K and V repeated for every query head. The last two columns are the papers' shapes of "
-                       "signature in these kernels, not the papers' own code. FlashInfer is not compared; FlexAttention does "
-                       "not run where there is a dash.", attention_table),
-    "decode": Table("decode*.json", "**Whole decode steps**, random weights: the latency is what is measured. *Floor*: "
-                    "weights, K, V and signatures that a step must read over the copy bandwidth; reading alone can be a little "
-                    "faster than copying.", decode_table, image=True),
-    "latency": Table("latency*.json", "**From the prompt on**, batch 1, random weights: time to the first token (dense in both "
-                     "cases), then per token.", latency_table, image=True),
-    "prefill": Table("prefill*.json", "**Reading the prompt**, random weights.", prefill_table),
-    "ragged": Table("ragged*.json", "**Prompts of different lengths in one batch**, random weights.", ragged_table),
-    "speculate": Table("speculate*.json", "**Self-speculation**: k hash steps draft, one dense pass verifies. A round gives "
-                       "between 1 and k + 1 tokens, by acceptance, and pays where it gives more than the last column.",
-                       speculate_table),
-    "parity": Table("parity*.json", "**Features against the same run without them** (ratio below 1: faster).", parity_table),
-    "ppl": Table("quality_ppl*.json", "**Perplexity** of a text's last tokens, each decoded given the true ones before it, as "
-                 "a ratio to dense; real weights, texts that no signature was trained on.", ppl_table),
-    "needles": Table("quality_needles*.json", "**Retrieval**, right answers of documents, real weights; the question and the "
-                     "answer are decoded sparsely. In brackets: how much less likely the true answer's tokens are than with "
-                     "dense attention, negative log-likelihood per token (paired 95 % intervals are in the rows). *Bytes*: "
-                     "what is read to choose, per token of the cache, layer and KV head.", needles_table),
-    "grid": Table("needle_grid*.json", "**One needle at every depth**, right answers of documents, real weights.", grid_table),
-    "ablations": Table("ablations*.json", "**What each choice of the method is worth**: attention mass caught on sequences "
-                       "kept out of training, one choice changed at a time. *Bytes*: of signatures, per token and KV head.",
-                       ablations_table),
-    "quickstart": Table("quickstart*.json", "**The quickstart's prompt**, real weights.", quickstart_table),
+    "attention": Table("attention*.json", attention_table),
+    "decode": Table("decode*.json", decode_table, image=True),
+    "latency": Table("latency*.json", latency_table, image=True),
+    "prefill": Table("prefill*.json", prefill_table),
+    "ragged": Table("ragged*.json", ragged_table),
+    "speculate": Table("speculate*.json", speculate_table),
+    "parity": Table("parity*.json", parity_table),
+    "ppl": Table("quality_ppl*.json", ppl_table),
+    "needles": Table("quality_needles*.json", needles_table),
+    "grid": Table("needle_grid*.json", grid_table),
+    "ablations": Table("ablations*.json", ablations_table),
+    "quickstart": Table("quickstart*.json", quickstart_table),
 }
 
 
@@ -318,8 +308,7 @@ def read_results(path: Path) -> dict:
             result[name].split()
         result["rows"][0].keys()
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read {path} ({type(error).__name__}: {error}); give files that bench.py or eval.py --json "
-                        "wrote") from error
+        raise UserError(f"cannot read {path} ({type(error).__name__}: {error}); give files that --json wrote") from error
     return result
 
 
@@ -357,7 +346,7 @@ def tables_of(name: str, folder: Path, base: Path) -> str:
         if table.image and path.with_suffix(".png").exists():
             parts.append(f"![{name}]({link.with_suffix('.png').as_posix()})")
         parts.append(f"{made}\n\n{provenance(result, path, link, table.image)}")
-    return "\n\n".join([table.about, *parts]) if parts else ""
+    return "\n\n".join(parts)
 
 
 MARKED = re.compile(r"(<!-- table:(\w*) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
@@ -377,17 +366,17 @@ def fill(text: str, folder: Path, base: Path) -> str:
     return MARKED.sub(made, text)
 
 
-def report(options: argparse.Namespace) -> None:
-    """Print the tables of a results folder, or put them between the markers of Markdown files."""
-    if not options.results.is_dir():
-        raise UserError(f"no such folder: {options.results}; give the one that --json wrote to")
-    if options.write is None:
-        found = [table for name in TABLES if (table := tables_of(name, options.results, Path()))]
+def report(results: Path, pages: list[Path] | None = None) -> None:
+    """Print the tables of a results folder, or put them between the markers of Markdown `pages`."""
+    if not results.is_dir():
+        raise UserError(f"no such folder: {results}; give the one that --json wrote to")
+    if pages is None:
+        found = [f"## {name}\n\n{table}" for name in TABLES if (table := tables_of(name, results, Path()))]
         if not found:
-            raise UserError(f"{options.results} holds none of {', '.join(table.files for table in TABLES.values())}")
-        print("\n\n".join(filter(None, [summary(options.results, Path()), *found])))
+            raise UserError(f"{results} holds none of {', '.join(table.files for table in TABLES.values())}")
+        print("\n\n".join(filter(None, [summary(results, Path()), *found])))
         return
-    for page in options.write:
+    for page in pages:
         try:
             text = page.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -396,167 +385,4 @@ def report(options: argparse.Namespace) -> None:
             raise UserError(f"{page} has no line <!-- table:NAME --> with <!-- /table --> after it; write them where "
                             f"tables shall be (summary, claims, {', '.join(TABLES)})")
         with atomic_path(page) as beside:
-            beside.write_text(fill(text, options.results, page.parent), encoding="utf-8")
-
-
-# ---------------------------------------------------------------------------------------------------------------- parity
-
-def compare(options: argparse.Namespace) -> None:
-    """Write the rows of parity: what each feature takes, beside the same run without it.
-
-    options.files: of `bench.py decode --json`, whose rows in bfloat16 on one GPU are what the others are held against; and of
-    `generate.py --save`, where runs that speculate are held against the one of the same prompt that does not.
-    """
-    decoded, generated, machine = [], [], {}
-    commits, dates = {}, {}  # in the order of the files
-    for path in options.files:
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            about = result.get("versions") or result
-            if machine and about["gpu"] != machine["gpu"]:
-                raise UserError(f"{path} is of another GPU than {options.files[0]}; compare runs of one kind")
-            machine = machine or {name: about[name] for name in ("gpu", "torch", "triton")}
-            commits |= {about["commit"]: None}
-            dates |= {about.get("date", ""): None}
-            if "rows" in result:
-                decoded += result["rows"]
-            else:
-                generated.append(result)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"cannot read {path} ({type(error).__name__}: {error}); give files of bench.py decode --json and "
-                            "generate.py --save") from error
-    try:
-        rows = decode_parity(decoded) + speculation_parity(generated)
-    except (LookupError, TypeError) as error:
-        raise UserError(f"the files hold other rows than those of bench.py decode --json and generate.py --save of one prompt "
-                        f"({type(error).__name__}: {error}); give such files") from error
-    if not rows:
-        raise UserError("nothing to compare; give runs with a feature (int8, several GPUs, speculation) and without")
-    command = " ".join(["python bench.py parity", *map(str, options.files), "--json", str(options.json)])
-    with atomic_path(options.json) as beside:
-        about = {**machine, "commit": ", ".join(commits), "date": ", ".join(filter(None, dates)), "command": command}
-        beside.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    print(parity_table(rows))
-
-
-def compared(feature: str, row: dict, ms: float, baseline_ms: float, note: str) -> dict:
-    same = {name: row[name] for name in ("model", "batch", "context", "attention")}
-    return {"feature": feature, **same, "ms_per_token": ms, "baseline_ms": baseline_ms, "ratio": ms / baseline_ms, "note": note}
-
-
-def decode_parity(rows: list[dict]) -> list[dict]:
-    """Steps with weights of fewer bits or on several GPUs, against those in bfloat16 on one."""
-    def key(row: dict) -> tuple:
-        return row["model"], row["batch"], row["context"], row["attention"], row["sparsity"]
-
-    def features(row: dict) -> list[str]:
-        bits, ranks = row.get("weights", "bfloat16"), row.get("ranks", 1)
-        return [*([bits] if bits != "bfloat16" else []), *([f"tp{ranks}"] if ranks > 1 else [])]
-
-    plain = {key(row): row["ms_per_step"] for row in rows if not features(row)}
-    for row in rows:
-        if key(row) not in plain:
-            raise UserError(f"no run of {row['model']} {shape(row)} {row['attention']} in bfloat16 on one GPU to compare with; "
-                            "add the file of one")
-    return [compared(" ".join(features(row)), row, row["ms_per_step"], plain[key(row)], "random weights")
-            for row in rows if features(row)]
-
-
-def speculation_parity(runs: list[dict]) -> list[dict]:
-    """Answers drafted and verified, against those decoded densely one by one. One prompt each; ms per token of the answer."""
-    speculated = [run for run in runs if "speculate" in run]
-    plain = {(run["model"], run["prompt_sha256"]): run for run in runs if run not in speculated and run["attention"] == "dense"}
-    rows = []
-    for run in speculated:
-        before = plain.get((run["model"], run["prompt_sha256"]))
-        if before is None:
-            raise UserError(f"no dense run of {run['model']} with the prompt of the one that speculates; add the file of one")
-        feature = "self_speculation" if run["speculate"] == "self" else "draft"
-        row = run | {"batch": len(run["new_tokens"]), "context": run["prompt_tokens"]}
-        note = f"real weights, {run['accepted_per_verify']:.2f} of {run['speculate_k']} drafts accepted a round"
-        rows.append(compared(feature, row, 1000 / run["decode_tok_s"], 1000 / before["decode_tok_s"], note))
-    return rows
-
-
-# ----------------------------------------------------------------------------------------------------------------- plots
-
-def plot(options: argparse.Namespace) -> None:
-    """A PNG beside every results file: stages of attention, steps by shape, or latency against context."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    for path in options.files:
-        try:
-            result = json.loads(path.read_text())
-            rows = result["rows"]
-            figure, axes = plt.subplots(figsize=(8, 4.5))
-            if "attend_us" in rows[0]:
-                plot_stages(axes, [row for row in rows if row["mode"] == "default"])
-            elif "ttft_s" in rows[0]:
-                plot_per_token(axes, rows)
-            else:
-                plot_latency(axes, rows)
-            axes.set_title(f"{result['gpu']}, torch {result['torch']}", fontsize=9)
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"cannot plot {path} ({reason}); give a file that bench.py --json wrote") from error
-        figure.tight_layout()
-        with atomic_path(path.with_suffix(".png")) as beside:
-            figure.savefig(beside, dpi=120, format="png")
-        print(path.with_suffix(".png"))
-
-
-def plot_stages(axes, rows: list[dict]) -> None:
-    names = [f"{row['batch']} x {row['context'] // 1024}K, 1/{row['sparsity']}" for row in rows]
-    left = [0.0] * len(rows)
-    for stage in ("score_us", "select_us", "attend_us"):
-        values = [row[stage] / row["dense_best_us"] for row in rows]
-        axes.barh(names, values, left=left, label=stage.removesuffix("_us"))
-        left = [a + b for a, b in zip(left, values, strict=True)]
-    axes.plot([row["floor_us"] / row["dense_best_us"] for row in rows], names, "k|", markersize=18, label="bytes / bandwidth")
-    for i, row in enumerate(rows):
-        axes.text(left[i] + 0.005, i, f"{row['total_us']:.1f} us; dense {row['dense_best_us']:.0f}", va="center", fontsize=8)
-    axes.set_xlim(0, 1.25 * max(left))
-    axes.set_xlabel("time of one layer's attention, as a share of the fastest dense kernel's")
-    axes.legend(fontsize=8)
-
-
-def plot_latency(axes, rows: list[dict]) -> None:
-    shapes = sorted({(row["batch"], row["context"]) for row in rows})
-    names = [f"{batch} x {context // 1024}K" for batch, context in shapes]
-    for mode, offset in (("dense", -0.2), ("hash", 0.2)):
-        found = {(row["batch"], row["context"]): row for row in rows if row["attention"] == mode}
-        places = [i + offset for i, shape in enumerate(shapes) if shape in found]
-        chosen = [found[shape] for shape in shapes if shape in found]
-        axes.bar(places, [row["ms_per_step"] for row in chosen], width=0.38, label=mode)
-        axes.hlines([row["floor_ms"] for row in chosen], [x - 0.19 for x in places], [x + 0.19 for x in places], "k",
-                    label="bytes / bandwidth" if mode == "hash" else None)
-        for x, row in zip(places, chosen, strict=True):
-            axes.text(x, row["ms_per_step"], f"{row['ms_per_step']:.1f}", ha="center", va="bottom", fontsize=8)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_xlabel(f"batch x context, {rows[0]['model']}, hash at 1/{max(row['sparsity'] for row in rows):g}")
-    axes.set_ylabel("ms per decode step")
-    axes.legend(fontsize=8)
-
-
-def plot_per_token(axes, rows: list[dict]) -> None:
-    for mode in ("dense", "hash"):
-        chosen = [row for row in rows if row["attention"] == mode]
-        contexts = [row["context"] for row in chosen]
-        (line,) = axes.plot(contexts, [row["ms_per_token"] for row in chosen], "o-",
-                            label=mode if mode == "dense" else f"hash, 1/{chosen[0]['sparsity']:g}")
-        axes.plot(contexts, [row["floor_ms"] for row in chosen], "--", color=line.get_color(),
-                  label=f"{mode}: bytes / bandwidth")
-        for row in chosen:
-            axes.annotate(f"{row['ms_per_token']:.1f}", (row["context"], row["ms_per_token"]),
-                          (0, 5 if mode == "dense" else -13), textcoords="offset points", ha="center", fontsize=8)
-    first = {row["context"]: row["ttft_s"] for row in rows}
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        ticks("{x:g}")
-    axes.set_xticks(list(first), [f"{context // 1024}K\nfirst token {float(f'{seconds:.2g}'):g} s"
-                                  for context, seconds in first.items()])
-    axes.set_xlabel(f"prompt tokens, {rows[0]['model']}, batch 1")
-    axes.set_ylabel("ms per token")
-    axes.legend(fontsize=8)
+            beside.write_text(fill(text, results, page.parent), encoding="utf-8")

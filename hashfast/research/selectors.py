@@ -1,48 +1,32 @@
-"""Ways to choose the tokens that a decode step attends to: ours, exact ones as upper bounds, and other papers'.
+"""Selectors of the tokens that a decode step attends to: signatures, oracles as upper bounds, and other papers' methods.
 
-Every selector keeps the first `sink` and the last `recent` tokens inside the same budget of tokens, in the same layers (those
-that a paper leaves dense are not here). What a selector reads to choose is its `bytes_per_token`: bytes per token of the cache,
+Every selector keeps the first `sink` and the last `recent` tokens inside the same budget of tokens, in the same layers (a
+paper's dense layers are not reproduced). `bytes_per_token` is what a selector reads to select: bytes per token of the cache,
 layer and KV head, beside 4 D bytes of bfloat16 keys and values.
 
-Plain PyTorch of static shape, without host syncs, so that a decode step with any of them is one CUDA graph. Each sequence of a
-batch is chosen for as if it were alone.
+Plain PyTorch of static shape, without host syncs, so that a decode step with any of them is one CUDA graph. The sequences of a
+batch are independent.
 
 Symbols: B batch, S cache length, Hq query heads, Hkv key/value heads, G = Hq / Hkv, D head_dim, Hs heads that select (Hkv, or
 Hq with share "query"), K tokens attended.
 """
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hashfast.common import UserError
-from hashfast.hash_attention import (
-    HashConfig,
-    HashEncoder,
-    query_weights,
-    score_bins,
-    score_reference,
-    select_tokens,
-    weight_planes,
-)
-from hashfast.model import Attention, Transformer
+from hashfast.hash_attention import HashConfig, HashEncoder, select_tokens
+from hashfast.model import Transformer
 from hashfast.research.budgets import budgets_for
 from hashfast.runtime.signatures import load_signatures, random_encoders
 
-SELECTORS = ("dense", "hash", "hash_calibrated", "hash_balanced", "hash_near", "hash_split", "hash_turns", "oracle",
-             "oracle_group", "oracle_max", "oracle_near", "oracle_split", "oracle_turns", "streaming", "quest",
+SELECTORS = ("dense", "hash", "hash_calibrated", "oracle", "oracle_group", "oracle_max", "streaming", "quest",
              "double_sparsity", "lsh", "random")
 PAGE = 16  # tokens per page of Quest
-REACH = 2  # tokens on either side that the *_near selectors take a score from
-
-
-def between(length: int, seq_lens: Tensor, sink: int, recent: int) -> Tensor:
-    """Which of a cache's `length` rows hold a token that is neither sink nor recent: bool [B, 1, length]."""
-    position = torch.arange(length, device=seq_lens.device)
-    return (position >= sink) & (position < seq_lens[:, None, None] - recent)
 
 
 def top_tokens(scores: Tensor, seq_lens: Tensor, budget: int, sink: int, recent: int) -> Tensor:
@@ -51,46 +35,11 @@ def top_tokens(scores: Tensor, seq_lens: Tensor, budget: int, sink: int, recent:
     scores float32 [B, Hs, S], seq_lens int32 [B] -> indices int32 [B, Hs, min(budget, S)]
     """
     position = torch.arange(scores.shape[-1], device=scores.device)
-    middle = between(scores.shape[-1], seq_lens, sink, recent)  # [B, 1, S]
+    middle = (position >= sink) & (position < seq_lens[:, None, None] - recent)  # [B, 1, S]
     edge = torch.full(middle.shape, float("-inf"), device=scores.device)
     edge = edge.masked_fill(position < seq_lens[:, None, None], float("inf"))
     best = torch.where(middle, scores, edge).topk(min(budget, scores.shape[-1]), dim=-1, sorted=False)
     return best.indices.to(torch.int32).masked_fill(best.values.isneginf(), -1)
-
-
-def places(scores: Tensor) -> Tensor:
-    """How many tokens of its row stand before each one: a higher score first, then the earlier token. float32 of like shape."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    place = torch.arange(scores.shape[-1], dtype=torch.float32, device=scores.device)
-    return torch.zeros_like(scores, dtype=torch.float32).scatter(-1, order, place.expand_as(scores))
-
-
-def near_scores(scores: Tensor, seq_lens: Tensor, sink: int, recent: int) -> Tensor:
-    """Scores by which a token ranks as the best of those within REACH tokens of it does, so that whole stretches are chosen.
-
-    Sink and recent raise none, as they are in anyway. float32 [B, Hs, S] in and out; no two of a row are equal.
-    """
-    scores = scores.masked_fill(~between(scores.shape[-1], seq_lens, sink, recent), float("-inf"))
-    return -places(F.max_pool1d(scores, 2 * REACH + 1, stride=1, padding=REACH))
-
-
-def split_budget(budget: int, length: int, group: int, window: int) -> int:
-    """Tokens for each of a KV head's `group` query heads, so that together they read at most `budget` rows, the window once.
-
-    A budget of the cache's whole `length` stays what it is.
-    """
-    return budget if budget >= length else window + (budget - window) // group
-
-
-def turn_scores(scores: Tensor, seq_lens: Tensor, sink: int, recent: int) -> Tensor:
-    """Scores of tokens for a group whose heads take turns: each in turn names its next best; one named before is passed over.
-
-    scores float32 [B, Hkv, G, S] of each head -> float32 [B, Hkv, S], no two of a row equal.
-    """
-    middle = between(scores.shape[-1], seq_lens, sink, recent)[:, :, None]
-    G = scores.shape[2]
-    turn = places(scores.masked_fill(~middle, float("-inf"))) * G + torch.arange(G, device=scores.device)[:, None]
-    return -turn.amin(dim=2)
 
 
 def dot_products(q: Tensor, k: Tensor) -> Tensor:
@@ -114,6 +63,9 @@ class Selector(nn.Module):
         """Tokens that the layers attend to on average from now on, in texts of `context` tokens."""
         self.budget = budget
 
+    def observe(self, q: Tensor, k: Tensor, row: int, start: int) -> None:
+        """A part of sequence `row`'s prompt at position `start` is read. q [1, T, Hq, D], k [1, Hkv, T, D] after RoPE."""
+
     def build(self, k: Tensor, row: int, length: int) -> None:
         """Summarise the prompt of sequence `row`, the first `length` > 0 of its keys. k [B, Hkv, S, D].
 
@@ -129,6 +81,18 @@ class Selector(nn.Module):
         raise NotImplementedError
 
 
+class Observers(Selector):
+    """Stands in for a layer's selector while a prompt is read, so that several selectors observe it."""
+
+    def __init__(self, selectors: list[Selector]) -> None:
+        super().__init__(0, 0)
+        self.selectors = nn.ModuleList(selectors)
+
+    def observe(self, q: Tensor, k: Tensor, row: int, start: int) -> None:
+        for selector in self.selectors:
+            selector.observe(q, k, row, start)
+
+
 def signature_cache(encoder: HashEncoder, k: Tensor) -> Tensor:
     """Room for the signatures of the keys [B, Hkv, S, D] in a cache: int32 [B, Hs, S, W]."""
     shape = (k.shape[0], encoder.n_signature_head, k.shape[2], encoder.config.words)
@@ -138,8 +102,6 @@ def signature_cache(encoder: HashEncoder, k: Tensor) -> Tensor:
 class Hash(Selector):
     """Signatures of hash_attention.py, with its own selection. Untrained encoders make it LSH."""
 
-    needs = "any kind"  # of signatures; `fits` says whether a file is of that kind
-
     def __init__(self, sink: int, recent: int, encoder: HashEncoder, k: Tensor, signatures: Tensor | None = None) -> None:
         """signatures: those of `signature_cache`, which selectors by the same encoder may share; None makes them."""
         super().__init__(sink, recent)
@@ -147,23 +109,16 @@ class Hash(Selector):
         self.bytes_per_token = 4.0 * encoder.config.words * encoder.n_signature_head / k.shape[1]
         self.register_buffer("signatures", signature_cache(encoder, k) if signatures is None else signatures, persistent=False)
 
-    @staticmethod
-    def fits(config: HashConfig) -> bool:
-        return True
-
     def build(self, k: Tensor, row: int, length: int) -> None:
         self.signatures[row, :, :length] = self.encoder.encode_keys(k[row:row + 1, :, :length])[0]
 
     def forward(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
         batch, newest = torch.arange(len(q), device=q.device), seq_lens.long() - 1
         self.signatures[batch, :, newest] = self.encoder.encode_keys(k[batch, :, newest][:, :, None])[:, :, 0]
-        return self.select(self.planes(q), seq_lens, min(self.budget, k.shape[2]))
-
-    def planes(self, q: Tensor) -> Tensor:
-        """q [B, Hq, D] -> int32 [B, Hs, 1 + P, W]."""
-        return self.encoder.encode_queries(q)
+        return self.select(self.encoder.encode_queries(q), seq_lens, min(self.budget, k.shape[2]))
 
     def select(self, planes: Tensor, seq_lens: Tensor, K: int) -> Tensor:
+        """planes int32 [B, Hs, 1 + P, W], seq_lens int32 [B] -> int32 [B, Hs, K]."""
         return select_tokens(planes, self.signatures, seq_lens, K, self.sink, self.recent, shift=self.encoder.shift)
 
 
@@ -191,68 +146,8 @@ class CalibratedHash(Hash):
         return select_tokens(planes, self.signatures, seq_lens, self.now, self.sink, self.recent, K, self.encoder.shift)
 
 
-class HashBalanced(Hash):
-    """`Hash` whose query heads count alike: each one's codes are scaled to a largest of 1 before the group's sum."""
-    needs = "one signature per KV head (--share kv) and queries of more than one bit"
-
-    @staticmethod
-    def fits(config: HashConfig) -> bool:
-        return config.share == "kv" and config.query_bits > 1
-
-    def planes(self, q: Tensor) -> Tensor:
-        encoder = self.encoder
-        codes = encoder.query_codes(q.unsqueeze(2)).squeeze(2).unflatten(1, (encoder.n_signature_head, encoder.group))
-        codes = codes / codes.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)  # [B, Hs, G, b]
-        return weight_planes(query_weights(codes, encoder.config), encoder.config.planes(encoder.group))
-
-
-class HashNear(Hash):
-    """`Hash` whose tokens rank by the best bin within REACH tokens, so that numbers and names come whole."""
-
-    def select(self, planes: Tensor, seq_lens: Tensor, K: int) -> Tensor:
-        bins = score_bins(score_reference(planes, self.signatures), planes, self.encoder.shift).float()
-        return top_tokens(near_scores(bins, seq_lens, self.sink, self.recent), seq_lens, K, self.sink, self.recent)
-
-
-class HashSplit(Hash):
-    """`Hash` for each query head alone, with its part of the group's budget (`split_budget`)."""
-    needs = "one signature per query head (--share query)"
-
-    def __init__(self, sink: int, recent: int, encoder: HashEncoder, k: Tensor, signatures: Tensor | None = None) -> None:
-        super().__init__(sink, recent, encoder, k, signatures)
-        self.heads = encoder.n_signature_head // k.shape[1]  # that share a KV head's rows
-
-    @staticmethod
-    def fits(config: HashConfig) -> bool:
-        return config.share == "query"
-
-    def select(self, planes: Tensor, seq_lens: Tensor, K: int) -> Tensor:
-        return super().select(planes, seq_lens, split_budget(K, self.signatures.shape[2], self.heads, self.sink + self.recent))
-
-
-class HashTurns(Hash):
-    """A group's query heads score tokens alone and take turns to choose (`turn_scores`); each attends to all that were chosen.
-
-    A signature per KV head serves too: the query codes are the heads' own either way, and are not summed here.
-    """
-
-    def __init__(self, sink: int, recent: int, encoder: HashEncoder, k: Tensor, signatures: Tensor | None = None) -> None:
-        super().__init__(sink, recent, encoder, k, signatures)
-        self.share, self.kv_heads = "kv", k.shape[1]
-
-    def planes(self, q: Tensor) -> Tensor:
-        config = self.encoder.config
-        codes = self.encoder.query_codes(q.unsqueeze(2))  # [B, Hq, 1, b]
-        return weight_planes(query_weights(codes, config), config.planes(1))  # [B, Hq, 1 + P, W]
-
-    def select(self, planes: Tensor, seq_lens: Tensor, K: int) -> Tensor:
-        scores = score_reference(planes, self.signatures.repeat_interleave(self.encoder.group, dim=1))  # [B, Hq, S]
-        scores = scores.float().unflatten(1, (self.kv_heads, -1))
-        return top_tokens(turn_scores(scores, seq_lens, self.sink, self.recent), seq_lens, K, self.sink, self.recent)
-
-
 class Oracle(Selector):
-    """The tokens of the largest q.k, for each query head alone: no selection of that size catches more attention."""
+    """The tokens of the largest q.k, for each query head alone: no selection of that size has a higher recall."""
     share = "query"
 
     def __init__(self, sink: int, recent: int, k: Tensor) -> None:
@@ -283,28 +178,6 @@ class OracleMax(OracleGroup):
 
     def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
         return self.weights(q, k, seq_lens).amax(dim=2)
-
-
-class OracleNear(OracleGroup):
-    """`OracleGroup` whose tokens rank by the best mass within REACH tokens."""
-
-    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
-        return near_scores(super().scores(q, k, seq_lens), seq_lens, self.sink, self.recent)
-
-
-class OracleSplit(Oracle):
-    """`Oracle` whose query heads share out the group's budget (`split_budget`)."""
-
-    def forward(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
-        budget = split_budget(self.budget, k.shape[2], q.shape[1] // k.shape[1], self.sink + self.recent)
-        return top_tokens(self.scores(q, k, seq_lens), seq_lens, budget, self.sink, self.recent)
-
-
-class OracleTurns(OracleGroup):
-    """The heads of a group take turns to choose by their own q.k (`turn_scores`); each attends to all that were chosen."""
-
-    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
-        return turn_scores(dot_products(q, k), seq_lens, self.sink, self.recent)
 
 
 class Streaming(Selector):
@@ -352,8 +225,7 @@ class DoubleSparsity(Selector):
     """
     share = "query"
 
-    def __init__(self, sink: int, recent: int, k: Tensor, attention: Attention) -> None:
-        """attention: the layer's, whose `prefill` is made to tell this selector of its queries."""
+    def __init__(self, sink: int, recent: int, k: Tensor) -> None:
         super().__init__(sink, recent)
         B, Hkv, S, D = k.shape
         count = max(1, D // 8)
@@ -362,12 +234,9 @@ class DoubleSparsity(Selector):
         self.register_buffer("channels", torch.zeros(B, Hkv, count, dtype=torch.int64, device=k.device), persistent=False)
         self.register_buffer("labels", torch.zeros(B, Hkv, S, count, dtype=k.dtype, device=k.device), persistent=False)
 
-        def prefill(q: Tensor, k: Tensor, v: Tensor, row: int, start: int) -> Tensor:
-            size = q[0].abs().sum(dim=0, dtype=torch.float32).unflatten(0, (Hkv, -1)).sum(dim=1)
-            self.query_size[row] = size if start == 0 else self.query_size[row] + size
-            return Attention.prefill(attention, q, k, v, row, start)
-
-        attention.prefill = prefill
+    def observe(self, q: Tensor, k: Tensor, row: int, start: int) -> None:
+        size = q[0].abs().sum(dim=0, dtype=torch.float32).unflatten(0, (k.shape[1], -1)).sum(dim=1)
+        self.query_size[row] = size if start == 0 else self.query_size[row] + size
 
     def build(self, k: Tensor, row: int, length: int) -> None:
         size = k[row, :, :length].abs().sum(dim=1, dtype=torch.float32) * self.query_size[row]  # sums rank as means do
@@ -424,18 +293,16 @@ class Method:
         return " ".join([self.selector, *([f"{self.recipe} {self.config.bits} bit"] if self.config else [])])
 
 
-def make_methods(names: list[str], model: Transformer, sink: int, recent: int, signatures: list[Path], lsh_bits: int,
+def make_methods(names: list[str], model: Transformer, sink: int, recent: int, signatures: Sequence[Path], lsh_bits: int,
                  dense_layers: int, seed: int) -> list[Method]:
-    """The methods of these names over the model's present caches; those by hash once for each signatures file that fits."""
-    by_hash = {"hash": Hash, "hash_calibrated": CalibratedHash, "hash_balanced": HashBalanced, "hash_near": HashNear,
-               "hash_split": HashSplit, "hash_turns": HashTurns}
-    if by_hash.keys() & set(names) and not signatures:
-        raise UserError("--selector hash and those like it need --signatures FILE; train one with train_hash.py, or choose lsh")
+    """The methods of these names over the model's present caches; those by hash once for each signatures file."""
+    if {"hash", "hash_calibrated"} & set(names) and not signatures:
+        raise UserError("--selector hash and hash_calibrated need --signatures FILE; train one with train_hash.py, or use lsh")
     caches = [layer.attention.cache.k for layer in model.layers]
     dense = [None] * min(dense_layers, len(caches))
     fingerprint = model.fingerprint()
-    plain = {"oracle": Oracle, "oracle_group": OracleGroup, "oracle_max": OracleMax, "oracle_near": OracleNear,
-             "oracle_split": OracleSplit, "oracle_turns": OracleTurns, "quest": Quest}
+    plain = {"oracle": Oracle, "oracle_group": OracleGroup, "oracle_max": OracleMax, "quest": Quest,
+             "double_sparsity": DoubleSparsity}
     methods = []
 
     @functools.cache
@@ -448,25 +315,20 @@ def make_methods(names: list[str], model: Transformer, sink: int, recent: int, s
     def add(name: str, layers: list[Selector], recipe: str | None = None, config: HashConfig | None = None) -> None:
         methods.append(Method(name, dense + layers[len(dense):], recipe, config))
 
-    def add_hash(name: str) -> None:
-        kind, count = by_hash[name], len(methods)
-        for path in signatures:
-            encoders, caches_of_signatures, about = read(path)
-            if not kind.fits(encoders[0].config):
-                continue
-            layers = []
-            for i, (encoder, k, shared) in enumerate(zip(encoders, caches, caches_of_signatures, strict=True)):
-                more = (about, i, len(dense)) if kind is CalibratedHash else ()
-                layers.append(kind(sink, recent, encoder, k, *more, signatures=shared))
-            add(name, layers, about.get("recipe", "unknown"), encoders[0].config)
-        if len(methods) == count:
-            raise UserError(f"--selector {name} needs --signatures of {kind.needs}; train such a file with train_hash.py")
+    def add_hash(path: Path, calibrated: bool) -> None:
+        encoders, signature_caches, about = read(path)
+        layers = []
+        for i, (encoder, k, shared) in enumerate(zip(encoders, caches, signature_caches, strict=True)):
+            layers.append(CalibratedHash(sink, recent, encoder, k, about, i, len(dense), shared) if calibrated
+                          else Hash(sink, recent, encoder, k, shared))
+        add("hash_calibrated" if calibrated else "hash", layers, about.get("recipe", "unknown"), encoders[0].config)
 
     for name in dict.fromkeys(names):
         if name == "dense":
             methods.append(Method(name, [None] * len(caches)))
-        elif name in by_hash:
-            add_hash(name)
+        elif name in ("hash", "hash_calibrated"):
+            for path in signatures:
+                add_hash(path, name == "hash_calibrated")
         elif name == "lsh":
             encoders = random_encoders(HashConfig(bits=lsh_bits), fingerprint, seed)
             layers = [Hash(sink, recent, encoder.to(k.device), k) for encoder, k in zip(encoders, caches, strict=True)]
@@ -475,8 +337,6 @@ def make_methods(names: list[str], model: Transformer, sink: int, recent: int, s
             add(name, [Streaming(sink, recent) for _ in caches])
         elif name == "random":
             add(name, [Random(sink, recent, seed * len(caches) + i) for i in range(len(caches))])
-        elif name == "double_sparsity":
-            add(name, [DoubleSparsity(sink, recent, layer.attention.cache.k, layer.attention) for layer in model.layers])
         else:
             add(name, [plain[name](sink, recent, k) for k in caches])
     return methods

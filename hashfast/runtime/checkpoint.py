@@ -73,7 +73,7 @@ FIXED_BY_TYPE: dict[str, dict[str, tuple[Any, ...]]] = {
     "qwen2": {"attention_bias": (True, False)},  # means nothing to Qwen2: q, k and v are biased, o is not
 }
 QUANTISED = ("quantization_config", "quantization", "compression_config")
-QUANT_METHOD = "hashfast"  # the quant_method of quantization_config in what quantize.py writes
+QUANT_METHOD = "hashfast"  # the quant_method of quantization_config in what `hashfast quantize` writes
 INTEGER_TYPES = {torch.int8: "I8", torch.int32: "I32"}
 
 # What load_args reads or checks by itself.
@@ -254,7 +254,7 @@ def _refuse_unsupported(config: Fields, kind: str) -> None:
 
 
 def load_quantization(folder: str | Path) -> Quantization | None:
-    """How quantize.py made the model in `folder`; None where it did not. Raises UserError."""
+    """How `hashfast quantize` made the model in `folder`; None where it did not. Raises UserError."""
     path = Path(folder) / "config.json"
     return _quantization(Fields(_read_json(path), str(path)))
 
@@ -354,7 +354,7 @@ class Place:
 def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16) -> Transformer:
     """The model in `folder` on `device`, its weights converted to `dtype` while they are read one by one.
 
-    Of several ranks each reads and holds its own part (tensor_parallel.py).
+    Of several ranks each reads and holds its own part (runtime/tensor_parallel.py).
 
     Weights are read from safetensors, one file or many, with or without their index. Raises UserError.
     """
@@ -570,7 +570,7 @@ def _check_tensors(model: Transformer, places: dict[str, Place], files: list[Pat
                     if integer := types.get(name):
                         if header.get_dtype() != integer:
                             raise UserError(f"tensor {name} in {file} is {header.get_dtype()}, but quantization_config "
-                                            f"makes it {integer}; run quantize.py again")
+                                            f"makes it {integer}; run `hashfast quantize` again")
                     elif header.get_dtype() not in FLOAT_TYPES:
                         raise UserError(f"tensor {name} in {file} is {header.get_dtype()}: quantised checkpoints are not "
                                         "supported; use the model's original one")

@@ -1,4 +1,4 @@
-"""The decode loop: prefill prompts, then one captured step per token. generate.py, eval.py and bench.py all run this."""
+"""The decode loop: prefill prompts, then one captured step per token; every command that decodes runs this one."""
 import time
 from collections.abc import Callable, Collection, Iterator
 
@@ -15,7 +15,7 @@ PREFILL_CHUNK = {"cpu": 2048, "cuda": 4096}  # prompt tokens read at a time, by 
 
 def compile_parts(device: torch.device, *parts: Callable) -> list[Callable]:
     """Each of the functions that make up a decode step, compiled once for every shape it is called with."""
-    # on a GPU the tuning also turns products of one row that linear.py leaves to Inductor into Triton kernels
+    # on a GPU the tuning also turns products of one row (GEMV) that ops/linear.py leaves to Inductor into Triton kernels
     tuning = {"coordinate_descent_tuning": True} if device.type == "cuda" else None
     return [torch.compile(part, fullgraph=True, dynamic=False, options=tuning) for part in parts]
 

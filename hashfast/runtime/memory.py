@@ -1,7 +1,17 @@
-"""What a model, its caches and a decode step take: tokens read, bytes read, bytes held."""
+"""What a model, its caches and a decode step take: tokens read, bytes read, bytes held; and the plan that fits them in."""
+import math
+import sys
+from pathlib import Path
+
+import torch
 from torch import nn
 
+from hashfast.common import UserError
+from hashfast.hash_attention import HashEncoder
 from hashfast.model import SparseSettings, Transformer
+from hashfast.runtime import distributed
+
+# ---------------------------------------------------------------------------------------------------------------- a step
 
 
 def tokens_read(settings: SparseSettings | None, model: Transformer, length: float) -> float:
@@ -29,6 +39,8 @@ def bytes_per_step(model: Transformer, settings: SparseSettings | None, length: 
     return int(weights + batch * (args.n_layer * row * tokens_read(settings, model, length) + signatures))
 
 
+# ------------------------------------------------------------------------------------------------------------------ held
+
 def cache_bytes_per_token(model: Transformer, encoders: list | None, batch: int, dense_layers: int = 0) -> tuple[int, int]:
     """Bytes that K and V, and signatures, of one token in each of `batch` sequences take in the caches of all layers."""
     args = model.args
@@ -49,5 +61,59 @@ def prefill_bytes(model: Transformer, chunk: int) -> int:
     args = model.args
     weights = 0 if isinstance(model.layers[0].feed_forward.w13, nn.Linear) else 2 * args.intermediate_size * args.dim
     heads = (args.n_head + 2 * args.n_kv_head) * args.head_dim
-    numbers = chunk * (4 * args.intermediate_size + 8 * args.dim + 2 * heads) + weights
-    return numbers * model.tok_embeddings.weight.element_size()
+    elements = chunk * (4 * args.intermediate_size + 8 * args.dim + 2 * heads) + weights
+    return elements * model.tok_embeddings.weight.element_size()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free for caches on the device: a tenth, 1 GiB at most, is left to what a prefill chunk and a step work with."""
+    free = sys.maxsize
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                free = int(line.split()[1]) * 1024 // distributed.world_size()  # the ranks share it
+    return free - min(free // 10, 2 ** 30)
+
+
+# ------------------------------------------------------------------------------------------------------------------ plan
+
+def context_limit(model: Transformer) -> int:
+    """Tokens that a model is made for: beyond them it sees unknown positions, or a window slides that is not supported."""
+    return min(model.args.max_position, model.args.sliding_window or model.args.max_position)
+
+
+def sparse_settings(length: int, tokens: int, budget: int = 2048, sparsity: float | None = None, sink: int = 64,
+                    recent: int = 128, dense_layers: int = 0) -> SparseSettings:
+    """What hash steps read in caches of `length`: `budget` tokens, or 1 / `sparsity` of `tokens`, those of prompt and answer,
+    rounded up to 64 and at least 64 more than `sink` and `recent`."""
+    if sparsity is not None:
+        budget = max(64 * math.ceil(tokens / sparsity / 64), sink + recent + 64)
+    return SparseSettings(min(budget, length), sink, recent, dense_layers)
+
+
+def plan_memory(models: list[Transformer], encoders: list[HashEncoder] | None, length: int, needed: int, batch: int, chunk: int,
+                spare: int = 0, dense_layers: int = 0) -> int:
+    """Print what weights and caches of `length` tokens take, or refuse, before they are allocated -> the caches' length.
+
+    That is as much of `length` as fits, and no less than `needed`. encoders: the last model's.  chunk: prompt tokens read at a
+    time.  spare: rows past the last token, which drafts need.
+    """
+    row = sum(cache_bytes_per_token(model, None, batch)[0] for model in models)
+    signature_row = cache_bytes_per_token(models[-1], encoders, batch, dense_layers)[1]
+    # a large prefill chunk takes more than free_memory leaves
+    work = max(prefill_bytes(model, min(chunk, length)) for model in models)
+    free = distributed.all_min(free_memory(models[0].tok_embeddings.weight.device) - max(0, work - 2 ** 30))
+    fits = max(free // (row + signature_row) - spare, 0)
+    length = max(needed, min(length, fits))
+    if length > fits:
+        raise UserError(f"the caches for {batch} x {length} tokens take {(row + signature_row) * length / 2 ** 30:.1f} GiB, "
+                        f"{free / 2 ** 30:.1f} GiB are free for them, and at most {fits} tokens fit; "
+                        "shorten the prompt, --max_new_tokens or --max_seq_length, or use a smaller --batch_size")
+    each = f" of each of {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
+    print(f"memory plan{each}: weights {sum(map(weight_bytes, models)) / 2 ** 30:.2f} GiB, "
+          f"K and V {row * length / 2 ** 30:.2f} GiB, signatures "
+          f"{signature_row * length / 2 ** 20:.1f} MiB for {f'{batch} x ' if batch > 1 else ''}{length} tokens, "
+          f"work {work / 2 ** 30:.2f} GiB at most; up to {fits} tokens fit", file=sys.stderr)
+    return length

@@ -1,24 +1,9 @@
-"""Prompts in, text out: what generate.py reads from the command line and files, and how it prints new tokens as they come."""
-import argparse
+"""Prompts in, text out: prompt files and token ids, and the text of new tokens as they come."""
 import json
 from pathlib import Path
 
-import torch
-
 from hashfast.common import UserError
 from hashfast.runtime.tokenizer import TextStream, Tokenizer
-
-
-def read_tokenizer(options: argparse.Namespace) -> Tokenizer | None:
-    """The checkpoint's tokenizer; None where there is none and the prompt needs none."""
-    if options.random_weights is not None:
-        return None
-    try:
-        return Tokenizer.load(options.checkpoint_path)
-    except UserError:
-        if options.has_text:
-            raise
-        return None
 
 
 def read_lines(path: Path) -> list[str | list[dict] | list[int]]:
@@ -42,31 +27,13 @@ def read_lines(path: Path) -> list[str | list[dict] | list[int]]:
     return prompts
 
 
-def read_prompts(options: argparse.Namespace, tokenizer: Tokenizer | None, vocab_size: int) -> list[tuple[list[int], bool]]:
-    """Token ids of each prompt, and whether it is a chat."""
-    if options.lines:
-        prompts = []
-        for number, line in enumerate(options.lines, 1):
-            try:
-                prompts.append(encode(line, options, tokenizer, vocab_size))
-            except UserError as error:
-                raise UserError(f"{options.prompts} line {number}: {error}") from error
-        return prompts
-    source = options.prompt if options.prompt_file is None else read_text(options.prompt_file)
-    if options.prompt_ids is not None:
-        try:
-            source = [int(part) for part in options.prompt_ids.split(",")]
-        except ValueError as error:
-            raise UserError(f"--prompt_ids {options.prompt_ids!r} is not a list of numbers such as 1,2,3") from error
-    elif isinstance(source, int):
-        source = torch.randint(vocab_size, (source,), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    return [encode(source, options, tokenizer, vocab_size)]
+def encode(source: str | list[dict] | list[int], tokenizer: Tokenizer | None, vocab_size: int,
+           chat: bool = False) -> tuple[list[int], bool]:
+    """Token ids of a text (with `chat` as a user's message), of messages or as they are; and whether they are a chat.
 
-
-def encode(source: str | list[dict] | list[int], options: argparse.Namespace, tokenizer: Tokenizer | None,
-           vocab_size: int) -> tuple[list[int], bool]:
-    """Token ids of a text, of messages or as they are, checked; and whether they are a chat."""
-    if options.chat and isinstance(source, str):
+    UserError where there are none or one is outside the vocabulary.
+    """
+    if chat and isinstance(source, str):
         source = [{"role": "user", "content": source}]
     ids, is_chat = source, not isinstance(source, str) and isinstance(source[0], dict)
     if is_chat or isinstance(source, str):
@@ -105,9 +72,6 @@ class NewText(TextStream):
     def put(self, id: int) -> str:
         return "" if id in self.stop_ids else super().put(id)
 
-    def show(self, id: int) -> None:
-        print(self.put(id), end="", flush=True)
-
     def whole(self, ids: list[int]) -> str:
         return "".join([*map(self.put, ids), self.end()])
 
@@ -125,6 +89,6 @@ class Display:
             if last:
                 print(self.texts[i] + self.streams[i].end(), flush=True)
         elif i == 0:
-            self.streams[0].show(token)
+            print(self.streams[0].put(token), end="", flush=True)
             if last:
                 print(self.streams[0].end())

@@ -24,7 +24,7 @@ def sample(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def argmax(x: Tensor) -> Tensor:
-    """argmax of x [..., n] -> int64 [...], by parts where n allows: one row would keep one multiprocessor busy."""
+    """argmax of x [..., n] -> int64 [...], in 128 parts where n allows: a row at once would run on one SM alone."""
     if x.shape[-1] % 128:
         return x.argmax(dim=-1)
     best, at = x.unflatten(-1, (128, -1)).max(dim=-1)  # [..., 128]

@@ -1,5 +1,6 @@
 """Signature files: the encoders of all layers, the model they belong to, and how they came to be."""
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,8 +54,11 @@ def save_signatures(path: str | Path, encoders: list[HashEncoder], model: Finger
 
 
 def load_signatures(path: str | Path, model: Fingerprint) -> tuple[list[HashEncoder], dict]:
-    """Read what `save_signatures` wrote -> (one HashEncoder per layer, in float32, and the metadata). UserError where it does
-    not fit."""
+    """Read what `save_signatures` wrote -> (one HashEncoder per layer, in float32, and the metadata).
+
+    UserError where it is of a model of another shape; a line of warning where it is of one of the same shape and other norms or
+    RoPE scaling. Files from before these two were stored say nothing of them.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no signatures file at {path}; train one with train_hash.py or leave --signatures out")
@@ -63,15 +67,20 @@ def load_signatures(path: str | Path, model: Fingerprint) -> tuple[list[HashEnco
             about = json.loads(file.metadata()["hashfast"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         config = HashConfig(**about["config"])
-        trained_on = Fingerprint(**about["model"])
+        there = about["model"]
+        Fingerprint(**there)  # complete, and nothing else
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a hashfast signatures file ({type(error).__name__}: {error}); "
                         "make one with train_hash.py") from error
     for field, here in asdict(model).items():
-        there = getattr(trained_on, field)
-        if here != there:
-            raise UserError(f"{path} holds signatures of another model: {field} is {there} there and {here} here; "
+        if here == there.get(field, here):
+            continue
+        if field not in ("norms", "rope_scaling"):
+            raise UserError(f"{path} holds signatures of another model: {field} is {there[field]} there and {here} here; "
                             "use signatures trained on this model")
+        if field == "rope_scaling" or None not in (here, there[field]):
+            print(f"warning: {path} is of another model of this shape: {field} is {there[field]} there and {here} here",
+                  file=sys.stderr)
     encoders = []
     for i in range(model.n_layer):
         encoder = HashEncoder(config, model.n_head, model.n_kv_head, model.head_dim)

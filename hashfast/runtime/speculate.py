@@ -15,8 +15,6 @@ as many tokens as it does, so lengths differ within a batch; they live on the de
 
 Symbols: B batch, k drafted tokens per round, N tokens in a cache.
 """
-import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,10 +28,11 @@ from hashfast.model import SparseSettings, Transformer
 from hashfast.runtime import distributed
 from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.decode import Decoder, capture, compile_parts, prefill
+from hashfast.runtime.memory import context_limit
 from hashfast.runtime.sampling import argmax, gumbel_sample, probabilities
 from hashfast.runtime.tokenizer import Tokenizer
 
-DEFAULT_K, LARGEST_K = 4, 64
+LARGEST_K = 64
 
 
 # ---------------------------------------------------------------------------------------------------------------- accept
@@ -122,7 +121,7 @@ class Speculator:
         q = probabilities(logits, self.target.sampling)
         return gumbel_sample(q)[:, None], q
 
-    def _draft(self) -> tuple[list[Tensor], list[Tensor | None]]:
+    def draft_tokens(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """k drafts, int64 [B, 1] each, and what they were drawn from.
 
         A draft model reads two tokens first: where all drafts of the last round were accepted, the last of them, now the
@@ -138,7 +137,7 @@ class Speculator:
         self.draft.set_sparse(None)
         return drafted, drawn_from
 
-    def _verify(self, drafted: list[Tensor]) -> Tensor:
+    def verify(self, drafted: list[Tensor]) -> Tensor:
         """Hidden states [B, k + 1, d] of the newest token and the drafts; their K, V and signatures go to the cache."""
         return self._forward(self.target.model, self.stem, torch.cat((self.recent[:, 1:], *drafted), dim=1), self.k + 1)
 
@@ -161,9 +160,9 @@ class Speculator:
         return recent, seq_lens + count.int(), left, torch.cat((torch.stack((accepted, count, left), dim=1), tokens), dim=1)
 
     def _round(self) -> None:
-        drafted, drawn_from = self._draft()
+        drafted, drawn_from = self.draft_tokens()
         state = self.recent, self.seq_lens, self.left
-        changed = self.judge(self._verify(drafted), drafted, drawn_from, *state)
+        changed = self.judge(self.verify(drafted), drafted, drawn_from, *state)
         for old, new in zip((*state, self.outcome), changed, strict=True):
             old.copy_(new)
 
@@ -237,65 +236,25 @@ class Speculator:
                 "accepted_per_verify": accepted / verified if verified else None, "accepted_histogram": self.histogram}
 
 
-def print_report(result: dict) -> None:
-    if result["accepted_per_verify"] is not None:
-        print(f"drafts:  {result['accepted_per_verify']:.2f} of {result['speculate_k']} accepted in {result['rounds']} rounds; "
-              f"0 to {result['speculate_k']}: {' '.join(map(str, result['accepted_histogram']))} times", file=sys.stderr)
-
-
-# --------------------------------------------------------------------------------------------------------------- command
-
-def add_options(add: Callable) -> None:
-    add("--speculate", choices=("self", "draft"), help="draft tokens and verify them; self: by hash attention (answers stay "
-        "those of dense attention), draft: by --draft_checkpoint_path")
-    add("--speculate_k", type=int, help=f"tokens drafted per round (default {DEFAULT_K})")
-    add("--draft_checkpoint_path", type=Path, help="a smaller model of the same vocabulary")
-    add("--draft_attention", choices=("dense", "hash"), help="how the draft model reads (default dense)")
-    add("--draft_signatures", type=Path, help="its signatures")
-
-
-def check_options(options: argparse.Namespace) -> None:
-    """Refuse flags at odds with each other; fill in the defaults. `options.signatures` become those of whoever drafts."""
-    if options.draft_checkpoint_path is not None:
-        options.speculate = options.speculate or "draft"
-    if options.speculate == "draft" and options.draft_checkpoint_path is None:
-        raise UserError("--speculate draft needs a smaller model; give --draft_checkpoint_path FOLDER, or --speculate self")
-    is_hash = options.draft_attention == "hash"
-    clashes = [
-        (options.speculate is None, "nothing is drafted without --speculate or --draft_checkpoint_path", ("speculate_k",)),
-        (options.speculate != "draft", "only a draft model has these", ("draft_attention", "draft_signatures")),
-        (options.speculate == "self", "--speculate self drafts without a second model", ("draft_checkpoint_path",)),
-        (options.speculate == "draft" and not is_hash, "--draft_attention is dense", ("draft_signatures",)),
-        (options.speculate == "draft", "--signatures would be the verifying model's; give --draft_signatures", ("signatures",)),
-        (options.speculate is not None, "drafts are verified by dense attention", ("sparse_tail",)),
-    ]
-    for clash, reason, flags in clashes:
-        for flag in flags:
-            if clash and getattr(options, flag):
-                raise UserError(f"{reason}; leave --{flag} out")
-    if options.speculate is not None and options.attention == "hash":
-        raise UserError("drafts are verified by dense attention; leave --attention hash out")
-    if options.speculate is not None:
-        options.speculate_k = options.speculate_k or DEFAULT_K
-        options.signatures = options.signatures or options.draft_signatures
-
+# ----------------------------------------------------------------------------------------------------------- draft model
 
 def texts(tokenizer: Tokenizer) -> str:
     """What all its tokens stand for, one after the other."""
     return tokenizer.decode(range(tokenizer.vocab_size))
 
 
-def load_draft(options: argparse.Namespace, model: Transformer, tokenizer: Tokenizer | None, length: int) -> Transformer:
-    """The draft model, after checks that it speaks `model`'s vocabulary and is made for `length` tokens."""
-    path = options.draft_checkpoint_path
-    draft = load_model(path, options.device, getattr(torch, options.precision))
+def load_draft(path: Path, model: Transformer, tokenizer: Tokenizer | None, length: int) -> Transformer:
+    """The draft model in `path`, beside `model` and in its precision; UserError where its vocabulary is another or it is not
+    made for `length` tokens."""
+    weight = model.tok_embeddings.weight
+    draft = load_model(path, weight.device, weight.dtype)
     ours, its = model.args.vocab_size, draft.args.vocab_size
     if ours != its:
         raise UserError(f"{path} cannot draft for this model: its vocabulary has {its} tokens, the model's {ours}; "
                         "give a model of the same family")
     if tokenizer is not None and texts(Tokenizer.load(path)) != texts(tokenizer):
         raise UserError(f"{path} cannot draft for this model: its tokens stand for other text; give a model of the same family")
-    limit = min(draft.args.max_position, draft.args.sliding_window or draft.args.max_position)
+    limit = context_limit(draft)
     if length > limit:
         raise UserError(f"{path} cannot draft in {length} tokens: it is made for {limit} (max_position_embeddings or "
                         "sliding_window in its config.json); shorten the prompt, --max_new_tokens or --max_seq_length")

@@ -17,7 +17,7 @@ WINDOW = 192
 
 
 def curves(heads: int, length: int, seed: int = 0, concave: bool = True) -> torch.Tensor:
-    """Mass caught by 1 .. length units, growing towards 1."""
+    """Recall of 1 .. length units, growing towards 1."""
     gains = torch.rand(heads, length, generator=torch.Generator().manual_seed(seed)) * torch.logspace(0, -2, heads)[:, None]
     if concave:
         gains = gains.sort(dim=1, descending=True).values
@@ -33,12 +33,12 @@ def test_falling_slopes_are_the_concave_hull() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_division_of_concave_curves_is_the_best(seed: int) -> None:
-    caught = curves(3, 6, seed)
-    units = divide(caught, 3)
+    measured = curves(3, 6, seed)
+    units = divide(measured, 3)
     assert units.sum() == 9 and units.min() >= 1 and units.max() <= 6
 
     def total(choice: tuple[int, ...]) -> float:
-        return sum(float(caught[head, count - 1]) for head, count in enumerate(choice))
+        return sum(float(measured[head, count - 1]) for head, count in enumerate(choice))
 
     best = max(total(choice) for choice in itertools.product(range(1, 7), repeat=3) if sum(choice) == 9)
     assert total(tuple(units.tolist())) == pytest.approx(best)

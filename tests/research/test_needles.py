@@ -21,8 +21,8 @@ def test_repeatable_and_of_the_asked_length(task: str) -> None:
 
 def test_train_and_eval_documents_differ_at_equal_seeds() -> None:
     for task in TASKS:
-        train, judged = (make_needle(task, 3000, FILLER, seed=0, split=split) for split in ("train", "eval"))
-        assert train.answers != judged.answers and train.question[:20] == judged.question[:20]
+        train, measured = (make_needle(task, 3000, FILLER, seed=0, split=split) for split in ("train", "eval"))
+        assert train.answers != measured.answers and train.question[:20] == measured.question[:20]
 
 
 def test_length_function_is_used() -> None:

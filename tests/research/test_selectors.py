@@ -5,28 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import gpu_only
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hashfast.common import UserError
-from hashfast.hash_attention import HashConfig, score_bins, score_reference
+from hashfast.hash_attention import HashConfig
 from hashfast.model import Attention, Fingerprint, KVCache, ModelArgs, Transformer
 from hashfast.research import selectors as token_selectors
 from hashfast.research.selectors import (
     PAGE,
-    REACH,
     CalibratedHash,
     DoubleSparsity,
     Hash,
-    HashBalanced,
-    HashNear,
-    HashSplit,
-    HashTurns,
     Oracle,
     OracleGroup,
     OracleMax,
-    OracleNear,
-    OracleSplit,
-    OracleTurns,
     Quest,
     Random,
     Selector,
@@ -36,29 +29,20 @@ from hashfast.research.selectors import (
 )
 from hashfast.runtime.signatures import load_signatures, random_encoders, save_signatures
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 B, HQ, HKV, S, D = 2, 6, 2, 200, 32
 SINK, RECENT, BUDGET = 4, 10, 40
 ARGS = ModelArgs(1, HQ * D, HQ, HKV, D, 8, 10, 1e-5, 1e4)
-NAMES = ("hash", "hash_query", "hash_balanced", "hash_near", "hash_split", "hash_turns", "hash_turns_query", "oracle",
-         "oracle_group", "oracle_max", "oracle_near", "oracle_split", "oracle_turns", "streaming", "quest", "double_sparsity",
-         "random")
-BY_HASH = {"hash": Hash, "hash_query": Hash, "hash_balanced": HashBalanced, "hash_near": HashNear, "hash_split": HashSplit,
-           "hash_turns": HashTurns, "hash_turns_query": HashTurns}
-PLAIN = {"oracle": Oracle, "oracle_group": OracleGroup, "oracle_max": OracleMax, "oracle_near": OracleNear,
-         "oracle_split": OracleSplit, "oracle_turns": OracleTurns, "quest": Quest}
-SPLIT = SINK + RECENT + (BUDGET - SINK - RECENT) // (HQ // HKV)  # tokens of each head where a group's share the budget
-
-
-def tokens_of(name: str) -> int:
-    return SPLIT if name.endswith("split") else BUDGET
+NAMES = ("hash", "hash_query", "oracle", "oracle_group", "oracle_max", "streaming", "quest", "double_sparsity", "random")
+PLAIN = {"oracle": Oracle, "oracle_group": OracleGroup, "oracle_max": OracleMax, "quest": Quest,
+         "double_sparsity": DoubleSparsity}
 
 
 def make(name: str, k: torch.Tensor) -> Selector:
     if name.startswith("hash"):
-        config = HashConfig(share="query" if name in ("hash_query", "hash_split", "hash_turns_query") else "kv")
-        return BY_HASH[name](SINK, RECENT, random_encoders(config, Fingerprint(1, HQ, HKV, D, 1e4, 10))[0], k)
-    if name == "double_sparsity":
-        return DoubleSparsity(SINK, RECENT, k, Attention(ARGS))
+        config = HashConfig(share="query" if name == "hash_query" else "kv")
+        return Hash(SINK, RECENT, random_encoders(config, Fingerprint(1, HQ, HKV, D, 1e4, 10))[0], k)
     if name in PLAIN:
         return PLAIN[name](SINK, RECENT, k)
     return Streaming(SINK, RECENT) if name == "streaming" else Random(SINK, RECENT, seed=3)
@@ -89,10 +73,10 @@ def choose(name: str, q: torch.Tensor, k: torch.Tensor, lengths: torch.Tensor, b
 @pytest.mark.parametrize("name", NAMES)
 def test_budget_sink_and_recent(name: str, tensors: tuple) -> None:
     indices = choose(name, *tensors)
-    heads, count = HQ if make(name, tensors[1]).share == "query" else HKV, tokens_of(name)
-    assert indices.dtype == torch.int32 and indices.shape == (B, heads, count)
+    heads = HQ if make(name, tensors[1]).share == "query" else HKV
+    assert indices.dtype == torch.int32 and indices.shape == (B, heads, BUDGET)
     for row in indices.flatten(0, 1).tolist():
-        assert len(set(row)) == count and set(row) >= {*range(SINK), *range(187 - RECENT, 187)}
+        assert len(set(row)) == BUDGET and set(row) >= {*range(SINK), *range(187 - RECENT, 187)}
         assert min(row) >= 0 and max(row) < 187
 
 
@@ -146,11 +130,10 @@ def test_a_step_leaves_the_device_at_no_point(name: str) -> None:
     selector.budget = BUDGET
     with Devices() as devices, torch.no_grad():
         indices = selector(torch.zeros(B, HQ, D, device="meta"), k, torch.zeros(B, dtype=torch.int32, device="meta"))
-    assert devices.seen == {"meta"} and indices.shape[-1] == tokens_of(name)
+    assert devices.seen == {"meta"} and indices.shape[-1] == BUDGET
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@gpu_only
 @pytest.mark.parametrize("name", NAMES)
 def test_a_captured_step_chooses_what_the_cpu_does(name: str, tensors: tuple) -> None:
     """In bfloat16, in sequences of different lengths; at another length the graph chooses anew."""
@@ -219,73 +202,6 @@ def test_the_largest_weight_of_any_head_is_another_choice(tensors: tuple) -> Non
     assert not torch.equal(choose("oracle_max", *tensors).sort().values, choose("oracle_group", *tensors).sort().values)
 
 
-@pytest.mark.parametrize("name, whole", [("oracle_split", "oracle"), ("hash_split", "hash_query")])
-def test_split_heads_choose_alone_and_read_no_more_than_a_group(name: str, whole: str, tensors: tuple) -> None:
-    indices = choose(name, *tensors)
-    assert torch.equal(indices.sort().values, choose(whole, *tensors, budget=SPLIT).sort().values)
-    for group in indices.unflatten(1, (HKV, -1)).flatten(0, 1).tolist():
-        assert len(set().union(*group)) <= BUDGET
-
-
-def ranked(name: str, selector: Selector, tensors: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens outside of sink and recent, the best first and of equals the earlier first; and all scores."""
-    q, k, lengths = tensors
-    if isinstance(selector, Hash):
-        planes = selector.planes(q)
-        signatures = selector.signatures.repeat_interleave(planes.shape[1] // selector.signatures.shape[1], dim=1)
-        scores = score_reference(planes, signatures)
-        scores = score_bins(scores, planes, selector.encoder.shift) if name == "hash_near" else scores
-    else:
-        scores = OracleGroup.scores(selector, q, k, lengths) if name == "oracle_near" else dot_products(q, k).flatten(1, 2)
-    return scores[..., SINK:187 - RECENT].argsort(dim=-1, descending=True, stable=True) + SINK, scores
-
-
-@pytest.mark.parametrize("name", ["hash_near", "oracle_near"])
-def test_near_takes_whole_stretches_around_the_best(name: str, tensors: tuple) -> None:
-    q, k, lengths = tensors
-    selector = make(name, k)
-    selector.budget = BUDGET
-    for row in range(B):
-        selector.build(k, row, 187)
-    indices = selector(q, k, lengths)
-    best, scores = ranked(name, selector, tensors)
-    for b in range(B):
-        for h in range(HKV):
-            row, middle = scores[b, h].tolist(), range(SINK, 187 - RECENT)
-            near = {t: max(row[u] for u in range(t - REACH, t + REACH + 1) if u in middle) for t in middle}
-            wanted = sorted(middle, key=lambda t, near=near: (-near[t], t))[:BUDGET - SINK - RECENT]
-            assert set(wanted) == set(indices[b, h].tolist()) & set(middle)
-            first = best[b, h, 0].item()
-            assert {t for t in range(first - REACH, first + REACH + 1) if t in middle} <= set(wanted)
-
-
-@pytest.mark.parametrize("name", ["hash_turns", "hash_turns_query", "oracle_turns"])
-def test_heads_take_turns(name: str, tensors: tuple) -> None:
-    q, k, lengths = tensors
-    selector = make(name, k)
-    selector.budget = BUDGET
-    for row in range(B):
-        selector.build(k, row, 187)
-    indices = selector(q, k, lengths)
-    best = ranked(name, selector, tensors)[0].unflatten(1, (HKV, -1))  # [B, Hkv, G, tokens]
-    for b in range(B):
-        for h in range(HKV):
-            taken: list[int] = []
-            for token in best[b, h].T.flatten().tolist():  # every head's first, then every head's second
-                if token not in taken and len(taken) < BUDGET - SINK - RECENT:
-                    taken.append(token)
-            assert set(taken) == set(indices[b, h].tolist()) & set(range(SINK, 187 - RECENT))
-
-
-def test_balanced_heads_count_alike(tensors: tuple) -> None:
-    """However large one head's codes are: `hash` then follows that head alone."""
-    q, k, _ = tensors
-    loud = q.clone()
-    loud[:, 0] *= 1024
-    balanced, plain = make("hash_balanced", k), make("hash", k)
-    assert torch.equal(balanced.planes(loud), balanced.planes(q)) and not torch.equal(plain.planes(loud), plain.planes(q))
-
-
 def test_streaming_takes_the_newest(tensors: tuple) -> None:
     wanted = [*range(SINK), *range(187 - BUDGET + SINK, 187)]
     assert (choose("streaming", *tensors).sort().values == torch.tensor(wanted)).all()
@@ -320,12 +236,14 @@ def test_double_sparsity_is_told_of_the_prompts_queries() -> None:
     generator = torch.Generator().manual_seed(1)
     attention = Attention(ARGS)
     attention.cache = KVCache(B, S, ARGS, None, torch.device("cpu"), torch.float32)
-    selector = DoubleSparsity(SINK, RECENT, attention.cache.k, attention)
+    selector = attention.selector = DoubleSparsity(SINK, RECENT, attention.cache.k)
     q, k = torch.randn(2, 90, HQ, D, generator=generator), torch.randn(2, HKV, 90, D, generator=generator)
     for prompt in (0, 1):  # the second one replaces the first
         for start, end in ((0, 64), (64, 90)):
-            part = (q[prompt:prompt + 1, start:end], *[k[prompt:prompt + 1, :, start:end]] * 2, 1, start)
-            assert torch.equal(attention.prefill(*part), Attention.prefill(attention, *part))
+            padding = torch.randn(1, 3, HQ, D, generator=generator)
+            queries = torch.cat((q[prompt:prompt + 1, start:end], padding), dim=1)  # padding is not observed
+            keys = F.pad(k[prompt:prompt + 1, :, start:end], (0, 0, 0, 3))
+            attention.prefill(queries, keys, keys, None, 1, start, end - start)
     torch.testing.assert_close(selector.query_size[1], q[1].abs().sum(dim=0).unflatten(0, (HKV, -1)).sum(dim=1))
     assert not selector.query_size[0].any()
 
@@ -351,8 +269,7 @@ def test_random_depends_on_the_seed_and_the_step(tensors: tuple) -> None:
 def test_bytes_per_token() -> None:
     k = torch.zeros(1, HKV, 32, D)
     wanted = {name: 2 * D if name.startswith("oracle") else 4 for name in NAMES}
-    wanted |= dict.fromkeys(("hash_query", "hash_split", "hash_turns_query"), 4 * HQ / HKV)
-    wanted |= {"streaming": 0, "quest": D / 4, "double_sparsity": D / 4, "random": 0}
+    wanted |= {"hash_query": 4 * HQ / HKV, "streaming": 0, "quest": D / 4, "double_sparsity": D / 4, "random": 0}
     assert {name: make(name, k).bytes_per_token for name in NAMES} == wanted
 
 
@@ -396,22 +313,10 @@ def test_files_are_read_once_and_selectors_share_their_signatures(tmp_path: Path
     model.setup_caches(1, 64)
     files, read = files_for(model, tmp_path), []
     monkeypatch.setattr(token_selectors, "load_signatures", lambda path, like: read.append(path) or load_signatures(path, like))
-    names = ["hash", "hash_balanced", "hash_near", "hash_split", "hash_turns"]
-    methods = make_methods(names, model, SINK, RECENT, list(files.values()), 128, 0, 0)
+    methods = make_methods(["hash", "hash_calibrated"], model, SINK, RECENT, list(files.values()), 128, 0, 0)
     assert read == list(files.values())
     assert [(method.selector, method.recipe) for method in methods] == [
-        ("hash", "kv"), ("hash", "query"), ("hash_balanced", "kv"), ("hash_near", "kv"), ("hash_near", "query"),
-        ("hash_split", "query"), ("hash_turns", "kv"), ("hash_turns", "query")]
+        ("hash", "kv"), ("hash", "query"), ("hash_calibrated", "kv"), ("hash_calibrated", "query")]
     for share in files:
         assert len({method.layers[0].signatures.data_ptr() for method in methods if method.recipe == share}) == 1
     assert methods[0].layers[0].signatures.data_ptr() != methods[0].layers[1].signatures.data_ptr()
-
-
-@pytest.mark.parametrize("name, share, words", [
-    ("hash_split", "kv", "--selector hash_split needs --signatures of one signature per query head"),
-    ("hash_balanced", "query", "--selector hash_balanced needs --signatures of one signature per KV head")])
-def test_files_that_do_not_fit_a_selector(name: str, share: str, words: str, tmp_path: Path) -> None:
-    model = Transformer(ARGS)
-    model.setup_caches(1, 64)
-    with pytest.raises(UserError, match=words):
-        make_methods([name], model, SINK, RECENT, [files_for(model, tmp_path)[share]], 128, 0, 0)

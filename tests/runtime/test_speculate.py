@@ -219,10 +219,10 @@ def test_drafting_writes_other_signatures(model):
     ids = PROMPTS[1]
     speculator.start([ids], first_tokens(model, [ids]), torch.tensor([50]))
     last = model.layers[-1].attention.cache
-    drafted, _ = speculator._draft()
+    drafted, _ = speculator.draft_tokens()
     rows = slice(len(ids) + 1, len(ids) + 5)
     before = last.signatures[:, :, rows].clone()
-    speculator._verify(drafted)
+    speculator.verify(drafted)
     assert not torch.equal(before, last.signatures[:, :, rows])
 
 
@@ -253,7 +253,7 @@ def test_a_draft_model_reads_every_token(model):
     speculator.prepare()
     (tokens,) = run(speculator, [ids], 41)
     assert speculator.histogram == [0, 0, 0, 10]
-    speculator._draft()  # reads the last draft of the last round
+    speculator.draft_tokens()  # reads the last draft of the last round
     written = [layer.attention.cache for layer in twin.layers]
     twin.setup_caches(1, LENGTH)
     prefill(twin, torch.tensor(ids + tokens), 1)

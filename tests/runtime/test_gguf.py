@@ -1,4 +1,4 @@
-"""scripts/convert_gguf.py on tiny files: the converted folder must be the model that was written, as transformers reads it."""
+"""GGUF files converted, tiny ones: the converted folder must be the model that was written, as transformers reads it."""
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from hashfast import common
 from hashfast.commands import convert_gguf
+from hashfast.runtime import gguf as converter
 
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = ROOT / "checkpoints" / "smollm2-135m-instruct"
@@ -152,7 +153,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 def test_converted_model_is_the_model(tmp_path: Path, arch: str, tied: bool) -> None:
     model = tiny_model(arch, tied)
     file = write_gguf(tmp_path / "m.gguf", arch, tensors_of(model, arch))
-    convert_gguf.convert(file, tmp_path / "out", "float32")
+    converter.convert(file, tmp_path / "out", "float32")
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and loaded.dtype == torch.float32
     torch.testing.assert_close(logits(loaded.eval()), logits(model), rtol=1e-5, atol=1e-5)
@@ -170,11 +171,11 @@ def test_converted_model_is_the_model(tmp_path: Path, arch: str, tied: bool) -> 
 def test_quantised_weights(tmp_path: Path, dtype: str) -> None:
     model = tiny_model("qwen2", tied=False)
     file = write_gguf(tmp_path / "m.gguf", "qwen2", tensors_of(model, "qwen2"), quantised=True)
-    convert_gguf.convert(file, tmp_path / "out", dtype)
+    converter.convert(file, tmp_path / "out", dtype)
     converted = load_file(tmp_path / "out" / "model.safetensors")
     assert converted.keys() == model.state_dict().keys()
     for name, weight in model.state_dict().items():
-        assert converted[name].dtype == convert_gguf.DTYPES[dtype]
+        assert converted[name].dtype == converter.DTYPES[dtype]
         # a step of Q8_0 is 1/127 of the largest of 32 values
         torch.testing.assert_close(converted[name].float(), weight, rtol=0.01, atol=0.008)
 
@@ -182,7 +183,7 @@ def test_quantised_weights(tmp_path: Path, dtype: str) -> None:
 def test_known_rows_are_unpermuted(tmp_path: Path, llama_tensors: dict[str, np.ndarray]) -> None:
     rows = np.repeat(np.arange(64, dtype=np.float32)[:, None], 64, axis=1)
     tensors = llama_tensors | {"blk.0.attn_q.weight": rows, "blk.0.attn_k.weight": rows[:32], "blk.0.attn_v.weight": rows[:32]}
-    convert_gguf.convert(write_gguf(tmp_path / "m.gguf", "llama", tensors), tmp_path / "out", "float32")
+    converter.convert(write_gguf(tmp_path / "m.gguf", "llama", tensors), tmp_path / "out", "float32")
     weights = load_file(tmp_path / "out" / "model.safetensors")
     column = {name: weights[f"model.layers.0.self_attn.{name}_proj.weight"][:, 0].tolist() for name in "qkv"}
     head = [*range(0, 16, 2), *range(1, 16, 2)]  # even rows, then odd rows
@@ -193,7 +194,7 @@ def test_known_rows_are_unpermuted(tmp_path: Path, llama_tensors: dict[str, np.n
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
 def test_tokenizer(tmp_path: Path, arch: str) -> None:
-    convert_gguf.convert(write_gguf(tmp_path / "m.gguf", arch, tensors_of(tiny_model(arch, True), arch)), tmp_path / "out")
+    converter.convert(write_gguf(tmp_path / "m.gguf", arch, tensors_of(tiny_model(arch, True), arch)), tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.tokenize("hello wo12's") == ["hello", "Ġwo", "1", "2", "'s"]  # no merge across digits
     assert tokenizer.tokenize("a<|im_end|><tool>[PAD]") == ["a", "<|im_end|>", "<tool>", "[", "P", "A", "D", "]"]
@@ -210,17 +211,17 @@ def test_tokenizer(tmp_path: Path, arch: str) -> None:
 
 def test_begin_token(tmp_path: Path, llama_tensors: dict[str, np.ndarray]) -> None:
     file = write_gguf(tmp_path / "m.gguf", "llama", llama_tensors, tokenizer__ggml__add_bos_token=True)
-    convert_gguf.convert(file, tmp_path / "out")
+    converter.convert(file, tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("hello").input_ids == [BOS, TOKENS.index("hello")]
     file = write_gguf(tmp_path / "m.gguf", "llama", llama_tensors, tokenizer__ggml__bos_token_id=None)
-    convert_gguf.convert(file, tmp_path / "none")
+    converter.convert(file, tmp_path / "none")
     assert json.loads((tmp_path / "none" / "config.json").read_text())["bos_token_id"] is None
 
 
 def test_rope_scaling(tmp_path: Path, llama_tensors: dict[str, np.ndarray]) -> None:
     scaling = {"llama__rope__scaling__type": "yarn", "llama__rope__scaling__factor": 4.0}
     file = write_gguf(tmp_path / "m.gguf", "llama", llama_tensors, llama__rope__scaling__original_context_length=32, **scaling)
-    convert_gguf.convert(file, tmp_path / "out")
+    converter.convert(file, tmp_path / "out")
     found = json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"]
     assert found == {"rope_type": "yarn", "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
@@ -249,19 +250,19 @@ def test_rope_scaling(tmp_path: Path, llama_tensors: dict[str, np.ndarray]) -> N
 def test_what_it_cannot_convert(tmp_path: Path, llama_tensors: dict[str, np.ndarray], changes: dict, words: str) -> None:
     file = write_gguf(tmp_path / "m.gguf", "llama", llama_tensors, **changes)
     with pytest.raises(common.UserError) as stop:
-        convert_gguf.convert(file, tmp_path / "out")
+        converter.convert(file, tmp_path / "out")
     assert words in str(stop.value) and str(file) in str(stop.value) and "; " in str(stop.value)
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_unknown_architecture_and_tensors(tmp_path: Path, llama_tensors: dict[str, np.ndarray]) -> None:
     with pytest.raises(common.UserError, match="unsupported architecture 'gemma'"):
-        convert_gguf.convert(write_gguf(tmp_path / "m.gguf", "gemma", {}), tmp_path / "out")
+        converter.convert(write_gguf(tmp_path / "m.gguf", "gemma", {}), tmp_path / "out")
     with pytest.raises(common.UserError, match="no tensor token_embd.weight"):
-        convert_gguf.convert(write_gguf(tmp_path / "m.gguf", "llama", {"x": np.ones(1, np.float32)}), tmp_path / "out")
+        converter.convert(write_gguf(tmp_path / "m.gguf", "llama", {"x": np.ones(1, np.float32)}), tmp_path / "out")
     factors = llama_tensors | {"rope_freqs.weight": np.ones(8, np.float32)}
     with pytest.raises(common.UserError, match="RoPE factors"):
-        convert_gguf.convert(write_gguf(tmp_path / "m.gguf", "llama", factors), tmp_path / "out")
+        converter.convert(write_gguf(tmp_path / "m.gguf", "llama", factors), tmp_path / "out")
 
 
 @pytest.mark.parametrize("size", [0, 3, 30, 2000, 20_000, -1])
@@ -269,7 +270,7 @@ def test_truncated_file(tmp_path: Path, llama_tensors: dict[str, np.ndarray], si
     whole = write_gguf(tmp_path / "m.gguf", "llama", llama_tensors).read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[:size])
     with pytest.raises(common.UserError, match="not a whole GGUF file"):
-        convert_gguf.convert(tmp_path / "cut.gguf", tmp_path / "out")
+        converter.convert(tmp_path / "cut.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -293,16 +294,16 @@ def test_bad_paths_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_full_disk_leaves_nothing(tmp_path: Path, llama_tensors: dict[str, np.ndarray], monkeypatch) -> None:
     file = write_gguf(tmp_path / "m.gguf", "llama", llama_tensors)
-    monkeypatch.setattr(convert_gguf, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(converter, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(common.UserError, match="No space left"):
-        convert_gguf.convert(file, tmp_path / "out")
+        converter.convert(file, tmp_path / "out")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(common.UserError, match="free some space"):
-        convert_gguf.convert(file, tmp_path / "out")
+        converter.convert(file, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
-@pytest.mark.skipif(not (SMOLLM2.exists() and BOOK.exists()), reason="needs scripts/fetch_quickstart.py")
+@pytest.mark.skipif(not (SMOLLM2.exists() and BOOK.exists()), reason="run scripts/quickstart.sh first")
 def test_real_model_predicts_a_book() -> None:
     """With the rows of the queries and keys in the wrong order the perplexity is about 380."""
     tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)

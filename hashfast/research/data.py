@@ -1,0 +1,102 @@
+"""Sequences to train signatures on and to measure them: stretches of books, and synthetic retrieval documents."""
+import glob
+import os
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hashfast.common import UserError
+from hashfast.research.needles import make_needle
+
+HELD_OUT = 2  # sequences kept out of training, of books and of retrieval documents each
+# common_words is left out: its answer is a count over the whole list, which no selection of tokens finds
+NEEDLE_TASKS = ("multi_key", "every_line_key", "uuids", "variable_tracking", "multi_value", "single")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """context: tokens per sequence. sequences: to train on. needles: share of them that are retrieval documents, 0 to 1."""
+    context: int = 8192
+    sequences: int = 16
+    needles: float = 0.3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids [1, T]; the last `question` of them are a question about the text and its answer (0: a book)."""
+    ids: Tensor
+    question: int = 0
+
+
+def read_texts(patterns: list[str]) -> dict[str, str]:
+    """The texts of all files that the names or globs give, by path, in sorted order."""
+    paths: set[str] = set()
+    for pattern in patterns:
+        found = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)
+        if not found:
+            raise UserError(f"--data {pattern} names no file; give text files or quoted globs")
+        paths.update(found)
+    texts = {}
+    for path in sorted(paths):
+        try:
+            texts[path] = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {path} as UTF-8 text ({error}); give text files to --data") from error
+    return texts
+
+
+def make_sequences(texts: dict[str, str], encode: Callable[[str], list[int]],
+                   config: DataConfig) -> tuple[list[Sequence], dict[str, list[Sequence]]]:
+    """-> sequences to train on, and those held out by kind ("books", and "needles" where some are trained on)."""
+    n_needle = round(config.needles * config.sequences)
+    kept = HELD_OUT if n_needle else 0
+    books = book_sequences(texts, encode, config.sequences - n_needle + HELD_OUT, config.context, config.seed)
+    needles = needle_sequences(texts, encode, n_needle + kept, config.context, config.seed)
+    held_out = {"books": books[:HELD_OUT]} | ({"needles": needles[:kept]} if kept else {})
+    return books[HELD_OUT:] + needles[kept:], held_out
+
+
+def book_sequences(texts: dict[str, str], encode: Callable[[str], list[int]], count: int, context: int,
+                   seed: int) -> list[Sequence]:
+    """`count` stretches of `context` tokens that do not overlap, from one text after the other."""
+    parts = -(-count // len(texts))
+
+    def make(i: int) -> Sequence:
+        path, text = list(texts.items())[i % len(texts)]
+        size = len(text) // parts
+        part = text[i // len(texts) * size:][:size]
+        start = random.Random(f"book {seed} {i}").randrange(max(1, size - 8 * context))  # a token is seldom over 8 characters
+        ids = encode(part[start:start + 6 * context])  # enough for most prose, and a third of the time
+        if len(ids) < context + 8:  # the cut may have changed the last tokens
+            ids = encode(part[start:start + 16 * context])
+        if len(ids) < context:
+            raise UserError(f"{path} is too short: {parts} stretches of {context} tokens are needed of each text; "
+                            "give more text to --data, fewer --sequences or a smaller --context")
+        return Sequence(torch.tensor([ids[:context]]))
+
+    return in_threads(make, count)
+
+
+def needle_sequences(texts: dict[str, str], encode: Callable[[str], list[int]], count: int, context: int,
+                     seed: int) -> list[Sequence]:
+    """`count` synthetic retrieval documents of at most `context` tokens, from the train split of needles.py."""
+    def make(i: int) -> Sequence:
+        filler = list(texts.values())[-1 - i % len(texts)]
+        needle = make_needle(NEEDLE_TASKS[i % len(NEEDLE_TASKS)], context, filler, seed * 100_003 + i, "train",
+                             lambda text: len(encode(text)))
+        ids = encode(needle.text)
+        return Sequence(torch.tensor([ids]), question=len(ids) - len(encode(needle.context)))
+
+    return in_threads(make, count)
+
+
+def in_threads(make: Callable[[int], Sequence], count: int) -> list[Sequence]:
+    """make(0) .. make(count - 1). Tokenizers release the interpreter lock."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(make, range(count)))

@@ -1,0 +1,192 @@
+"""The evaluator: one dense prefill of a batch of texts, from which every selector decodes at every budget."""
+import functools
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hashfast.common import UserError
+from hashfast.model import Transformer
+from hashfast.research.selectors import Method, Observers, make_methods
+from hashfast.runtime.checkpoint import load_model
+from hashfast.runtime.decode import Decoder, prefill
+from hashfast.runtime.prompts import read_text
+from hashfast.runtime.sampling import Sampling
+from hashfast.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What all tasks share.
+
+    context: tokens of each text or document, the decoded ones included. A budget is context / ratio tokens, at least sink +
+    recent. selectors: names in SELECTORS, beside dense. signatures: files, each a hash selector of its own. dense_layers: first
+    layers that attend to everything. lsh_bits: of the lsh selector. batch_size: texts decoded together. compile: the blocks of
+    every decode step, which pays off for few selectors.
+    """
+    checkpoint_path: Path
+    context: int = 8192
+    selectors: tuple[str, ...] = ("hash",)
+    signatures: tuple[Path, ...] = ()
+    ratios: tuple[int, ...] = (16, 32)
+    sink: int = 64
+    recent: int = 128
+    dense_layers: int = 0
+    lsh_bits: int = 128
+    batch_size: int = 8
+    seed: int = 0
+    device: str = "cpu"
+    precision: str = "float32"
+    compile: bool = False
+
+
+@dataclass
+class Run:
+    """One line of a table: a method at a budget. ratio 1 is the whole context."""
+    method: Method
+    ratio: int
+    budget: int
+    decoder: Decoder | None = None
+
+    def __str__(self) -> str:
+        return f"{self.method.label:28} 1/{self.ratio:<3}"
+
+
+class DecodeEvaluator:
+    """A model, its caches, and the runs that decode from them: dense, and every method at every ratio."""
+
+    def __init__(self, config: EvalConfig, texts: int) -> None:
+        """texts: how many there will be; at most config.batch_size of them are in the caches at a time."""
+        self.config = config
+        self.batch = min(config.batch_size, texts)
+        self.model: Transformer = load_model(config.checkpoint_path, config.device, getattr(torch, config.precision))
+        self.tokenizer = Tokenizer.load(config.checkpoint_path)
+        self.read_text = functools.cache(read_text)  # one file serves many documents
+        self.attentions = [layer.attention for layer in self.model.layers]
+        self.resize(config.context)
+
+    def check_context(self, context: int) -> None:
+        limit = min(self.model.args.max_position, self.model.args.sliding_window or context)
+        if context > limit:
+            raise UserError(f"--context {context} is more than the model's {limit}; give less")
+
+    def resize(self, context: int) -> None:
+        """Make the caches, the methods and the runs for texts of `context` tokens."""
+        config = self.config
+        self.check_context(context)
+        self.context, self.methods, self.runs = context, [], []
+        for attention in self.attentions:
+            attention.cache = attention.selector = None  # what was there goes before the new is made
+        self.model.setup_caches(self.batch, context)
+        self.methods = make_methods(["dense", *config.selectors], self.model, config.sink, config.recent, config.signatures,
+                                    config.lsh_bits, config.dense_layers, config.seed)
+        least = config.sink + config.recent
+        self.runs = [Run(self.methods[0], 1, context)]
+        self.runs += [Run(method, ratio, min(context, max(math.ceil(context / ratio), least)))
+                      for method in self.methods[1:] for ratio in config.ratios]
+        for ratio in config.ratios:
+            if context / ratio <= least:
+                print(f"warning: 1/{ratio} of {context} tokens is no more than --sink and --recent, so nothing is selected; "
+                      "give smaller --ratios", file=sys.stderr)
+
+    def prepare(self) -> None:
+        """Make the decode step of every run: on a GPU a CUDA graph of its own. Before the first text is read."""
+        if self.config.compile:  # one compiled block serves all layers of a run, and all runs share its cache
+            torch._dynamo.reset()  # of the runs before `resize`
+            torch._dynamo.config.recompile_limit = 8 * len(self.runs)
+        for run in tqdm(self.runs, desc="prepare", unit="run", delay=2, leave=False):
+            run.decoder = Decoder(self.model, self.batch, Sampling(temperature=0), self.config.compile)
+            self.use(run)
+            run.decoder.prepare()
+
+    def use(self, run: Run) -> Decoder:
+        """Let decode steps select as `run` does. -> its decoder."""
+        for attention, selector in zip(self.attentions, run.method.layers, strict=True):
+            attention.selector = selector
+            if selector is not None:
+                selector.set_budget(run.budget, self.context)
+        return run.decoder
+
+    @torch.inference_mode()
+    def read(self, prompts: list[Tensor]) -> None:
+        """Prefill one cache row with each of up to `batch` prompts, int64 [T] each; every selector summarises them."""
+        for attention, *selectors in zip(self.attentions, *(method.layers for method in self.methods), strict=True):
+            attention.selector = Observers([selector for selector in selectors if selector is not None])
+        for row, ids in enumerate(prompts):
+            if len(ids) == 0:
+                continue
+            prefill(self.model, ids.to(self.config.device), 1, row=row)
+            for method in self.methods:
+                for attention, selector in zip(self.attentions, method.layers, strict=True):
+                    if selector is not None:
+                        selector.build(attention.cache.k, row, len(ids))
+
+    @torch.inference_mode()
+    def score(self, run: Run, texts: list[Tensor], starts: list[int], last: int) -> tuple[Tensor, Tensor]:
+        """Decode the texts whose first `starts` tokens `read` has put into the cache, each step given the true token.
+
+        texts: int64 [T] each, on the CPU. They are decoded as one batch and end together: a text with fewer tokens left
+        repeats its first step until the others have caught up, writing the same cache row.
+        -> of the last `last` tokens of each text: log-likelihoods float32 [texts, last], and the likeliest tokens in their
+        places int64 [texts, last], on the CPU. Columns before a text's start are undefined.
+        """
+        decoder, device = self.use(run), self.config.device
+        rows = [*range(len(texts)), *[0] * (self.batch - len(texts))]  # a batch that is not full repeats its first text
+        steps = max(len(texts[row]) - 1 - starts[row] for row in rows)
+        at = torch.stack([torch.arange(len(texts[row]) - 1 - steps, len(texts[row]) - 1).clamp(min=starts[row])
+                          for row in rows], dim=1)  # [steps, B]
+        tokens, following = (torch.stack([texts[row][(at[:, i] + ahead).clamp(max=len(texts[row]) - 1)]
+                                          for i, row in enumerate(rows)], dim=1).to(device) for ahead in (0, 1))
+        at = at.to(device)
+        found, likeliest = [], []
+        for i in range(steps):
+            decoder.start(tokens[i], at[i])
+            decoder.step()
+            if i >= steps - last:
+                found.append(likelihood(decoder.logits, following[i]))
+                likeliest.append(decoder.token[:, 0].clone())
+        return torch.stack(found, dim=1)[:len(texts)].cpu(), torch.stack(likeliest, dim=1)[:len(texts)].cpu()
+
+    @torch.inference_mode()
+    def continue_greedily(self, run: Run, tokens: list[int], lengths: list[int], count: int) -> list[list[int]]:
+        """At most `count` tokens after each of `tokens`, which stand at `lengths` in caches that are filled up to there."""
+        decoder = self.use(run)
+        rows = [*range(len(tokens)), *[0] * (self.batch - len(tokens))]
+        decoder.start(torch.tensor([tokens[row] for row in rows], device=self.config.device),
+                      torch.tensor([lengths[row] for row in rows], device=self.config.device))
+        chosen = []
+        for _ in range(min(count, self.context - max(lengths))):
+            decoder.step()
+            chosen.append(decoder.token[:, 0].clone())
+        return torch.stack(chosen, dim=1)[:len(tokens)].tolist()
+
+    def batches(self, items: list) -> Iterator[list]:
+        return (items[i:i + self.batch] for i in range(0, len(items), self.batch))
+
+    def row(self, run: Run) -> dict:
+        config = self.config
+        return {"model": config.checkpoint_path.resolve().name, "context": self.context, **run.method.about(),
+                "ratio": run.ratio, "budget": run.budget, "sink": config.sink, "recent": config.recent,
+                "dense_layers": config.dense_layers, "precision": config.precision, "seed": config.seed}
+
+    def texts(self, paths: list[Path]) -> dict[str, Tensor]:
+        """The first `context` tokens of every text, int64 [context]."""
+        texts: dict[str, Tensor] = {}
+        for path in paths:
+            if path.stem in texts:
+                raise UserError(f"--data has two texts of the name {path.stem}, by which they are told apart; rename one")
+            ids = self.tokenizer.encode(self.read_text(path))[:self.context]
+            if len(ids) < self.context:
+                raise UserError(f"{path} has {len(ids)} tokens, fewer than --context {self.context}; give longer texts")
+            texts[path.stem] = torch.tensor(ids)
+        return texts
+
+
+def likelihood(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-likelihood of each token. logits [T, vocab] of the positions before ids int64 [T] -> float32 [T]."""
+    return logits.float().log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0]

@@ -1,0 +1,317 @@
+"""Latency of decode steps, speculation, prefill, whole answers and ragged batches, on random prompts, beside byte floors.
+
+Every function yields rows of a results file as they are measured. A floor is the bytes that must be read over the copy
+bandwidth of the same run.
+"""
+import contextlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hashfast.common import ROOT
+from hashfast.hash_attention import HashConfig, HashEncoder
+from hashfast.model import SparseSettings, Transformer
+from hashfast.ops.quant_linear import Quantization
+from hashfast.research.report import print_table
+from hashfast.runtime import distributed, tensor_parallel
+from hashfast.runtime.checkpoint import load_model, load_quantization, random_model
+from hashfast.runtime.decode import Decoder, prefill, prepare_prefill
+from hashfast.runtime.memory import bytes_per_step, cache_bytes_per_token, prefill_bytes, weight_bytes
+from hashfast.runtime.sampling import Sampling
+from hashfast.runtime.signatures import random_encoders
+from hashfast.runtime.speculate import Speculator
+
+SINK, RECENT = 64, 128
+
+
+def time_graph(step: Callable[[int], object], count: int, replays: int = 20) -> float:
+    """Microseconds of step(i): `count` of them in one CUDA graph, the median over replays."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(0)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(count):
+            step(i)
+    return 1000 * median_ms(graph.replay, replays) / count
+
+
+def median_ms(run: Callable[[], object], repeats: int) -> float:
+    """Milliseconds of `run` on the GPU, the median after three warm-ups."""
+    times = []
+    for _ in range(repeats + 3):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times[3:])
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per microsecond by a large device-to-device copy."""
+    source = torch.randint(0, 255, (2 ** 31,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_ms(lambda: target.copy_(source), 20) / 1000
+
+
+@contextlib.contextmanager
+def skip_on_oom(what: str) -> Iterator[None]:
+    """Skip what does not fit into the memory of this GPU, with a line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        if distributed.world_size() > 1:
+            raise  # other ranks may be in the middle of a step
+        print(f"{what}: does not fit", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------- decode
+
+def fill_caches(model: Transformer) -> None:
+    """Random keys, values and signatures, as if a prompt had been read."""
+    for layer in model.layers:
+        for buffer in layer.attention.cache.rows():
+            if buffer.dtype == torch.int32:
+                buffer.random_(-2 ** 31, 2 ** 31)
+            else:
+                buffer.normal_()
+
+
+def sparse_encoders(model: Transformer, context: int, sparsity: float) -> tuple[list[HashEncoder], SparseSettings]:
+    """Random encoders, and a budget of 1 / sparsity of `context` tokens."""
+    budget = max(64 * math.ceil(context / sparsity / 64), SINK + RECENT + 64)
+    encoders = tensor_parallel.shard_encoders(random_encoders(HashConfig(), model.fingerprint()))
+    return encoders, SparseSettings(budget, SINK, RECENT)
+
+
+def release(model: Transformer) -> None:
+    """Give the memory of the caches back, and of what was compiled for them."""
+    model.setup_caches(1, 1)
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+@torch.inference_mode()
+def bench_decode(model: Transformer, name: str, batch: int, context: int, mode: str, sparsity: float, bandwidth: float,
+                 steps: int) -> dict:
+    """One row: the median time of a captured decode step at `context` tokens."""
+    encoders, settings = sparse_encoders(model, context, sparsity) if mode == "hash" else (None, None)
+    release(model)
+    model.setup_caches(batch, context + steps + 8, encoders, settings)
+    decoder = Decoder(model, batch, Sampling(temperature=0), compiled=True)
+    compile_s = decoder.prepare()
+    fill_caches(model)
+    decoder.start(torch.zeros_like(decoder.token[:, 0]), context)
+    ms, read = median_ms(decoder.step, steps), bytes_per_step(model, settings, context, batch)
+    return {"model": name, "ranks": model.args.ranks, "batch": batch, "context": context, "attention": mode,
+            "sparsity": sparsity if mode == "hash" else 1, "ms_per_step": ms, "tok_s": 1000 * batch / ms,
+            "floor_ms": read / bandwidth / 1000, "gb_s": read / ms / 1e6,
+            "compile_s": compile_s, "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30, "copy_gb_s": bandwidth / 1000}
+
+
+def decode_rows(preset: str, shapes: list[tuple[int, int]], modes: list[str], sparsity: float, steps: int,
+                quantize: str | None = None, checkpoint: Path | None = None, warm: bool = False,
+                nccl: bool = False) -> Iterator[dict]:
+    """Rows of bench_decode for each (batch, context) and of `modes` "dense" and "hash".
+
+    preset: random weights, of `quantize` "int8" or "int4"; checkpoint: a folder instead. warm: start the first shape again in a
+    second process. nccl: all-reduce by NCCL. compile_s of the first row is a cold start where Inductor's cache is empty.
+    """
+    if checkpoint is not None:
+        name, model, quantization = (checkpoint.resolve().name, load_model(checkpoint, "cuda", torch.bfloat16),
+                                     load_quantization(checkpoint))
+    else:
+        quantization = Quantization(quantize) if quantize else None
+        name, model = preset, random_model(preset, "cuda", torch.bfloat16, quantization=quantization)
+    bandwidth = copy_bandwidth()
+    if distributed.world_size() > 1 and not nccl:
+        distributed.use_one_shot(max(batch for batch, _ in shapes) * model.args.dim, torch.bfloat16)
+    for batch, context in shapes:
+        for mode in modes:
+            with skip_on_oom(f"{batch} x {context} {mode}"):
+                row = bench_decode(model, name, batch, context, mode, sparsity, bandwidth, steps)
+                row |= {"weights": quantization.mode if quantization is not None else "bfloat16", "warm_start_s": None}
+                if warm and distributed.world_size() == 1 and (batch, context) == shapes[0]:
+                    release(model)  # the second process needs room
+                    source = ["--checkpoint_path", str(checkpoint)] if checkpoint is not None else ["--model", preset]
+                    row["warm_start_s"] = warm_start([
+                        *source, *(["--quantize", quantize] if quantize else []), "--shapes", f"{batch}x{context}",
+                        "--attention", mode, "--sparsity", str(sparsity)])
+                yield row
+
+
+def warm_start(flags: list[str]) -> float | None:
+    """Compile and capture seconds of `bench decode` in a second process, which finds the first one's caches on disk; None where
+    it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        subprocess.run([sys.executable, "-m", "hashfast", "bench", "decode", *flags, "--steps", "8", "--no_warm_start",
+                        "--json", str(path)],
+                       capture_output=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        return json.loads(path.read_text())["rows"][0]["compile_s"] if path.is_file() else None
+
+
+# ------------------------------------------------------------------------------------------------------------- speculate
+
+@torch.inference_mode()
+def bench_round(model: Transformer, name: str, batch: int, context: int, k: int, sparsity: float, steps: int) -> dict:
+    """One row: the times of a self-speculative round's parts at `context` tokens, and of the dense step it stands in for.
+
+    draft_ms: of one hash step; verify_ms: of the dense pass over k + 1 tokens, logits not included; round_ms: of it all.
+    """
+    encoders, settings = sparse_encoders(model, context, sparsity)
+    release(model)
+    # random drafts are seldom accepted; there is room for all of them
+    model.setup_caches(batch, context + (steps + 8) * (k + 1), encoders, settings)
+    decoder = Decoder(model, batch, Sampling(temperature=0), compiled=True)
+    speculator = Speculator(decoder, model, k, settings, compiled=True)
+    speculator.prepare()
+    decoder.prepare()
+    fill_caches(model)
+    first = torch.zeros_like(decoder.token[:, 0])
+    prompts = [[0] * context]
+    speculator.start(prompts, first, first + 2 ** 20)
+    drafted, _ = speculator.draft_tokens()
+    row = {"model": name, "batch": batch, "context": context, "sparsity": sparsity, "k": k,
+           "draft_ms": time_graph(lambda i: speculator.draft_tokens(), 1) / k / 1000,
+           "verify_ms": time_graph(lambda i: speculator.verify(drafted), 1) / 1000,
+           "round_ms": median_ms(speculator.round, steps)}
+    decoder.start(first, context)
+    row["dense_ms"] = median_ms(decoder.step, steps)
+    return row
+
+
+def speculate_rows(preset: str, shapes: list[tuple[int, int]], drafts: list[int], sparsity: float,
+                   steps: int) -> Iterator[dict]:
+    """Rows of bench_round for each (batch, context) and number of drafts; then prints the ms per token that follow where each
+    draft is accepted with a given probability."""
+    model = random_model(preset, "cuda", torch.bfloat16)
+    rows = []
+    for batch, context in shapes:
+        for k in drafts:
+            with skip_on_oom(f"{batch} x {context}, {k} drafts"):
+                rows.append(bench_round(model, preset, batch, context, k, sparsity, steps))
+                yield rows[-1]
+            torch.cuda.empty_cache()
+    print("\nms per token if each draft is accepted with probability")
+    for number, row in enumerate(rows):
+        tokens = {p: sum(p ** i for i in range(row["k"] + 1)) for p in (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)}
+        implied = {f"{p:.2f}": row["round_ms"] / n for p, n in tokens.items()}
+        print_table([{name: row[name] for name in ("batch", "context", "k")} | implied | {"dense": row["dense_ms"]}],
+                    header=number == 0)
+
+
+# ---------------------------------------------------------------------------------------------- prefill, whole answers
+
+def random_prompt(model: Transformer, length: int) -> Tensor:
+    return torch.randint(model.args.vocab_size, (length,), device="cuda")
+
+
+def timed_prefill(model: Transformer, ids: Tensor, chunk: int) -> tuple[int, float]:
+    """Read a prompt -> its greedy next token, seconds."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    token = prefill(model, ids, 1, chunk=chunk).argmax().item()
+    return token, time.perf_counter() - started
+
+
+def prefill_rows(preset: str, contexts: list[int], sparsity: float, chunk: int) -> Iterator[dict]:
+    """Seconds and TFLOP/s of reading a random prompt: 2 FLOPs per weight and token, 4 per query, head, channel and visible key.
+
+    Signatures are written too. plan_gib: weights, caches and an upper estimate of what a chunk takes.
+    """
+    model = random_model(preset, "cuda", torch.bfloat16)
+    args = model.args
+    weights = sum(p.numel() for name, p in model.named_parameters() if name.startswith("layers"))
+    for context in contexts:
+        with skip_on_oom(f"{context} tokens"):
+            encoders, settings = sparse_encoders(model, context, sparsity)
+            release(model)
+            model.setup_caches(1, context, encoders, settings)
+            compile_s = prepare_prefill(model, chunk)
+            _, seconds = timed_prefill(model, random_prompt(model, context), chunk)
+            flops = context * 2 * weights + 4 * args.n_layer * args.n_head * args.head_dim * context * (context + 1) / 2
+            plan = weight_bytes(model) + context * sum(cache_bytes_per_token(model, encoders, 1))
+            yield {"model": preset, "batch": 1, "context": context, "chunk": chunk, "seconds": seconds,
+                   "tflops": flops / seconds / 1e12, "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30,
+                   "plan_gib": (plan + prefill_bytes(model, chunk)) / 2 ** 30, "compile_s": compile_s}
+
+
+@torch.inference_mode()
+def bench_latency(model: Transformer, name: str, context: int, sparsity: float, steps: int, chunk: int,
+                  bandwidth: float) -> list[dict]:
+    """Time to the first token of a random prompt, then per token, dense and hash on the cache of that one prefill."""
+    encoders, settings = sparse_encoders(model, context, sparsity)
+    release(model)
+    model.setup_caches(1, context + steps + 8, encoders, settings)
+    decoders = {}
+    for mode in ("dense", "hash"):
+        for layer, encoder in zip(model.layers, encoders, strict=True):
+            layer.attention.encoder = encoder if mode == "hash" else None  # a dense step writes no signatures
+        model.set_sparse(settings if mode == "hash" else None)  # of layers that have an encoder
+        decoders[mode] = Decoder(model, 1, Sampling(temperature=0), compiled=True)
+        decoders[mode].prepare()
+    prepare_prefill(model, chunk)
+    token, seconds = timed_prefill(model, random_prompt(model, context), chunk)
+    rows = []
+    for mode, decoder in decoders.items():
+        decoder.start(torch.full_like(decoder.token[:, 0], token), context)
+        ms = median_ms(decoder.step, steps)
+        model.set_sparse(settings if mode == "hash" else None)  # the captured steps stay as they are
+        floor = bytes_per_step(model, settings if mode == "hash" else None, context, 1)
+        rows.append({"model": name, "batch": 1, "context": context, "attention": mode,
+                     "sparsity": sparsity if mode == "hash" else 1, "ttft_s": seconds, "ms_per_token": ms,
+                     "floor_ms": floor / bandwidth / 1000})
+    return rows
+
+
+def latency_rows(preset: str, contexts: list[int], sparsity: float, steps: int, chunk: int) -> Iterator[dict]:
+    """Rows of bench_latency for each context."""
+    model = random_model(preset, "cuda", torch.bfloat16)
+    bandwidth = copy_bandwidth()
+    for context in contexts:
+        with skip_on_oom(f"{context} tokens"):
+            yield from bench_latency(model, preset, context, sparsity, steps, chunk, bandwidth)
+
+
+@torch.inference_mode()
+def ragged_rows(preset: str, prompts: list[int], sparsity: float, steps: int) -> Iterator[dict]:
+    """Tokens per second of decoding prompts of these lengths in one batch, and one after the other."""
+    model = random_model(preset, "cuda", torch.bfloat16)
+    longest = max(prompts)
+
+    def seconds(lengths: list[list[int]], mode: str) -> float:
+        """Seconds of `steps` tokens for each batch of `lengths`; all batches are of one size."""
+        encoders, settings = sparse_encoders(model, longest, sparsity) if mode == "hash" else (None, None)
+        release(model)
+        model.setup_caches(len(lengths[0]), longest + steps + 8, encoders, settings)
+        decoder = Decoder(model, len(lengths[0]), Sampling(temperature=0), compiled=True)
+        decoder.prepare()
+        fill_caches(model)
+        total = 0.0
+        for batch in lengths:
+            decoder.start(torch.zeros_like(decoder.token[:, 0]), torch.tensor(batch, device="cuda"))
+            total += median_ms(decoder.step, steps) * steps / 1000
+        return total
+
+    for mode in ("dense", "hash"):
+        tokens = len(prompts) * steps
+        together, alone = seconds([prompts], mode), seconds([[length] for length in prompts], mode)
+        yield {"model": preset, "batch": len(prompts), "lengths": prompts, "attention": mode,
+               "sparsity": sparsity if mode == "hash" else 1, "together_tok_s": tokens / together,
+               "alone_tok_s": tokens / alone, "speedup": alone / together}
