@@ -1,6 +1,6 @@
 """Triton kernels of dense attention. hash_attention.py holds the definitions (`*_reference`) and the symbols used here.
 
-dense_attention    split-K flash attention over the whole prefix, combine     one or two kernels
+dense_attention    split-KV flash attention over the whole prefix, combine     one or two kernels
 chunk_attention    flash attention of a prompt chunk                          one kernel
 merge              attention over two sets of tokens into one                 one kernel
 
@@ -11,26 +11,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hashfast.kernels.launch import checked_rows, pdl_options, pdl_wait, splits_per_row
+from hashfast.kernels.launch import checked_rows, pdl_options, pdl_wait, shared_memory, splits_per_row
 from hashfast.kernels.split_kv import LOG2_E, attend_tile, block_d, combine, dot_precision, finish, partials, store_rows
 
 # ------------------------------------------------------------------------------------------------------ launch parameters
 
-# Tuned amid the other kernels of a step: programs with more than 48 KB of shared memory left the linear layers after them less
-# L1 cache than they need.
+def block_parameters(M: int, D: int, element_size: int, device: torch.device) -> dict[str, int]:
+    """Tiles of block_m of M queries by block_n tokens that fit into shared memory and, unspilled, into registers.
 
-def _dense_parameters(rows: int, M: int, S: int, element_size: int) -> dict[str, int]:
-    """M = G * T queries per KV head."""
-    wide = element_size <= 2
-    block_m = min(max(16, triton.next_power_of_2(M)), 128 if wide else 32)
-    if block_m == 128:
-        block_n, programs, num_warps, num_stages = 64, 256, 8, 3
-    elif block_m == 64:
-        block_n, programs, num_warps, num_stages = 32, 256, 4, 2
-    else:
-        block_n, programs, num_warps, num_stages = 32, 512, 2 if wide else 4, 2
-    n_splits = splits_per_row(programs, rows * triton.cdiv(M, block_m), triton.cdiv(S, block_n))
-    return {"block_m": block_m, "block_n": block_n, "n_splits": n_splits, "num_warps": num_warps, "num_stages": num_stages}
+    Up to 96 KB of shared memory suit every GPU from Ampere on; 128 KB are faster where there are as many. A few queries take at
+    most 48 KB (D 128): more would leave the linear layers of the step with less L1 cache than they need.
+    """
+    block_m = max(16, triton.next_power_of_2(M))
+    if element_size > 2:  # products without tensor cores, whose operands are all in registers
+        return {"block_m": min(block_m, 32), "block_n": 16, "num_warps": 8, "num_stages": 2}
+    if D > 128:
+        return {"block_m": min(block_m, 64), "block_n": 32, "num_warps": 8 if block_m >= 64 else 4, "num_stages": 2}
+    if block_m >= 128:
+        return {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3 if shared_memory(device) >= 2 ** 17 else 2}
+    return {"block_m": block_m, "block_n": 32, "num_warps": 4 if block_m == 64 else 2, "num_stages": 2}
+
+
+def dense_parameters(rows: int, M: int, S: int, D: int, element_size: int, device: torch.device) -> dict[str, int]:
+    """M = G * T queries per KV head, `rows` KV heads of all sequences."""
+    blocks = block_parameters(M, D, element_size, device)
+    block_m = blocks["block_m"]
+    programs = 256 if block_m >= 64 else 512
+    return {**blocks, "n_splits": splits_per_row(programs, rows * triton.cdiv(M, block_m), triton.cdiv(S, blocks["block_n"]))}
 
 
 # ------------------------------------------------------------------------------------------------------------ attend: dense
@@ -106,10 +113,10 @@ def dense_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tenso
 
     q [B, T, Hq, D], k_cache and v_cache [B, Hkv, S, D], seq_lens int32 [B] -> out [B, T, Hq, D], lse float32 [B, T, Hq].
     """
-    B, T, Hq, _ = q.shape
+    B, T, Hq, D = q.shape
     HKV, S = k_cache.shape[1:3]
     return launch_dense(q, k_cache, v_cache, seq_lens, scale,
-                        **_dense_parameters(B * HKV, Hq // HKV * T, S, k_cache.element_size()))
+                        **dense_parameters(B * HKV, Hq // HKV * T, S, D, k_cache.element_size(), q.device))
 
 
 @dense_attention.register_fake
@@ -136,20 +143,15 @@ def launch_dense(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, 
 
 # ---------------------------------------------------------------------------------------------------------- prompt chunks
 
-def _chunk_parameters(D: int, element_size: int) -> dict[str, int]:
-    if element_size > 2 or D > 128:
-        return {"block_m": 32, "block_n": 32, "n_splits": 1, "num_warps": 4, "num_stages": 2}
-    return {"block_m": 128, "block_n": 64, "n_splits": 1, "num_warps": 8, "num_stages": 3}
-
-
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """Attention of many queries: of query i to all N keys or, causal, to those up to N - T + i.
 
     q [B, T, Hq, D], k and v [B, Hkv, N, D] -> out [B, T, Hq, D], lse float32 [B, T, Hq]. No token of k and v is left out.
     """
-    B, _, _, D = q.shape
+    B, T, Hq, D = q.shape
     lengths = torch.full((B,), k.shape[2], dtype=torch.int32, device=q.device)
-    return launch_dense(q, k, v, lengths, D ** -0.5, causal=causal, **_chunk_parameters(D, k.element_size()))
+    blocks = block_parameters(Hq // k.shape[1] * T, D, k.element_size(), q.device)
+    return launch_dense(q, k, v, lengths, D ** -0.5, causal=causal, n_splits=1, **blocks)
 
 
 @triton.jit

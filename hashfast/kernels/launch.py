@@ -24,6 +24,12 @@ def supports_ptx(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
+
+
 def portable(device: torch.device) -> bool:
     """Whether a kernel launched now is the plain Triton one. Read at each launch: one process can run both."""
     return bool(INTERPRETED) or os.environ.get("HASHFAST_PORTABLE", "0") not in ("", "0") or not supports_ptx(device)
