@@ -8,7 +8,6 @@ from hashfast.commands.quantize import quantize_folder
 from hashfast.common import UserError
 from hashfast.hash_attention import HashConfig, select_tokens
 from hashfast.model import SparseSettings
-from hashfast.ops.quant_linear import Quantization
 from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.decode import Decoder, decode, prefill
 from hashfast.runtime.memory import bytes_per_step, tokens_read
@@ -216,7 +215,7 @@ def test_fingerprint(pair, tmp_path):
     print_ = ours.fingerprint()
     assert print_ == load_model(tmp_path, "cpu", torch.bfloat16).fingerprint() and print_.rope_scaling.kind == "yarn"
     assert load_model(tmp_path, "meta").fingerprint() == replace(print_, norms=None)
-    quantize_folder(tmp_path, tmp_path / "int8", Quantization("int8"), "cpu")
+    quantize_folder(tmp_path, tmp_path / "int8", "cpu")
     assert load_model(tmp_path / "int8", "cpu").fingerprint() == print_
     ours.layers[2].ffn_norm.weight[5] = 1.5
     assert ours.fingerprint() == replace(print_, norms=ours.hash_norms()) != print_

@@ -80,7 +80,7 @@ def parse_options() -> argparse.Namespace:
     part.add_argument("--checkpoint_path", type=Path, help="a model of real weights instead")
     part.add_argument("--shapes", default=["1x32768", "1x131072", "8x32768", "4x131072", "16x32768"], **shapes)
     part.add_argument("--attention", nargs="+", choices=("dense", "hash"), default=["dense", "hash"])
-    part.add_argument("--quantize", choices=("int8", "int4"), help="weights of this many bits (int4: groups of 32)")
+    part.add_argument("--quantize", choices=("int8",), help="weights of 8 bits")
     part.add_argument("--no_warm_start", dest="warm_start", action="store_false",
                       help="do not start the first shape again in a second process")
     part.add_argument("--nccl", action="store_true", help="between ranks: all-reduces by NCCL, to compare with")

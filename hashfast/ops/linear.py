@@ -1,7 +1,7 @@
 """Linear layers of a decode step together with the norm before and the activation or residual after them.
 
 Plain PyTorch on a CPU, for prompts, and for other dtypes; one Triton kernel each for a step of few rows in bfloat16 on a GPU
-(linear_kernels.py). Quantised layers have their own (quant_kernels.py), with what stands around the product for one row alone.
+(kernels/linear.py). int8 layers have their own (kernels/quant_linear.py), with prologue and epilogue for one row alone.
 
 Symbols: K inputs, N outputs.
 """

@@ -22,7 +22,6 @@ from hashfast.commands.quantize import quantize_folder
 from hashfast.common import UserError
 from hashfast.hash_attention import HashConfig, HashEncoder
 from hashfast.model import ModelArgs, SparseSettings
-from hashfast.ops.quant_linear import Quantization
 from hashfast.runtime import distributed, tensor_parallel
 from hashfast.runtime.checkpoint import PRESETS, load_model, random_model
 from hashfast.runtime.decode import Decoder, decode, prefill
@@ -245,10 +244,9 @@ def test_what_cannot_be_shared_is_refused() -> None:
 
 
 def test_quantised_weights_are_refused(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantization = Quantization("int8")
-    quantize_folder(tiny_checkpoint, tmp_path / "int8", quantization, "cpu")
+    quantize_folder(tiny_checkpoint, tmp_path / "int8", "cpu")
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    for load in (lambda: load_model(tmp_path / "int8"), lambda: random_model("llama-3.1-70b", quantization=quantization)):
+    for load in (lambda: load_model(tmp_path / "int8"), lambda: random_model("llama-3.1-70b", quantization="int8")):
         with pytest.raises(UserError, match="^int8 weights are not shared out over 2 ranks; "):
             load()
 
