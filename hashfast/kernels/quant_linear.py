@@ -410,20 +410,16 @@ def _summed(partial: Tensor, dtype: torch.dtype) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------- functions
 
+@torch.library.custom_op("hashfast::int8_linear", mutates_args=())
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """`quant_linear.int8_linear_reference`: x [M, K], M <= 16, int8 [N, K], scale [N] -> [M, N]."""
-    return _int8_linear(x.contiguous(), weight, scale)
-
-
-@torch.library.custom_op("hashfast::int8_linear", mutates_args=())
-def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     N, K = weight.shape
     if len(x) == 1 and K % 4 == 0:
-        return _launch_int8_row(x, weight, scale, **_int8_row_parameters(N, K))
-    return _launch_int8_dot(x, weight, scale, **_int8_dot_parameters(N, K))
+        return launch_int8_row(x, weight, scale, **_int8_row_parameters(N, K))
+    return launch_int8_dot(x, weight, scale, **_int8_dot_parameters(N, K))
 
 
-@_int8_linear.register_fake
+@int8_linear.register_fake
 def _(x, weight, scale):
     return x.new_empty(len(x), len(weight))
 
@@ -432,7 +428,7 @@ def _(x, weight, scale):
 def int8_row(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float,
              residual: Tensor | None, gated: bool) -> Tensor:
     """`linear.linear_reference` of one row: x [1, .., K], int8 [N, K] ([2 N, K] where gated), K % 4 == 0 -> [1, .., N]."""
-    return _launch_int8_row(x, weight, scale, bias, norm, eps, residual, gated, **_int8_row_parameters(*weight.shape))
+    return launch_int8_row(x, weight, scale, bias, norm, eps, residual, gated, **_int8_row_parameters(*weight.shape))
 
 
 @int8_row.register_fake
@@ -444,9 +440,9 @@ def _outputs(x: Tensor, weight: Tensor, gated: bool) -> Tensor:
     return x.new_empty((*x.shape[:-1], len(weight) // (2 if gated else 1)))
 
 
-def _launch_int8_row(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, norm: Tensor | None = None,
-                     eps: float = 0.0, residual: Tensor | None = None, gated: bool = False, *, block_n: int, block_w: int,
-                     num_warps: int) -> Tensor:
+def launch_int8_row(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, norm: Tensor | None = None,
+                    eps: float = 0.0, residual: Tensor | None = None, gated: bool = False, *, block_n: int, block_w: int,
+                    num_warps: int) -> Tensor:
     out = _outputs(x, weight, gated)
     x = x.contiguous()
     packed = all(t.element_size() == 2 and t.data_ptr() % 8 == 0 for t in (x, norm) if t is not None)
@@ -459,34 +455,30 @@ def _launch_int8_row(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
     return out
 
 
-def _launch_int8_dot(x: Tensor, weight: Tensor, scale: Tensor, *, block_n: int, block_k: int, n_splits: int, num_warps: int,
-                     num_stages: int) -> Tensor:
+def launch_int8_dot(x: Tensor, weight: Tensor, scale: Tensor, *, block_n: int, block_k: int, n_splits: int, num_warps: int,
+                    num_stages: int) -> Tensor:
     N, K = weight.shape
     partial = _partial(x, N, n_splits)
     per_split = triton.cdiv(triton.cdiv(K, block_k), n_splits) * block_k
     _int8_dot_kernel[(triton.cdiv(N, block_n), n_splits)](
-        x, weight, scale, partial, len(x), N, K, per_split, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION=dot_precision(x),
-        num_warps=num_warps, num_stages=num_stages, **pdl_options(x.device))
+        x.contiguous(), weight, scale, partial, len(x), N, K, per_split, BLOCK_N=block_n, BLOCK_K=block_k,
+        PRECISION=dot_precision(x), num_warps=num_warps, num_stages=num_stages, **pdl_options(x.device))
     return _summed(partial, x.dtype)
 
 
+@torch.library.custom_op("hashfast::int4_linear", mutates_args=())
 def int4_linear(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """`quant_linear.int4_linear_reference`.
 
     x [M, K], M <= 16, int32 [N, K / 8], scale and zero [N, K / groupsize] -> [M, N].
     """
-    return _int4_linear(x.contiguous(), weight, scale, zero)
-
-
-@torch.library.custom_op("hashfast::int4_linear", mutates_args=())
-def _int4_linear(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     M, K = x.shape
     if M == 1:
-        return _launch_int4_row(x, weight, scale, zero, **_int4_row_parameters(len(weight)))
-    return _launch_int4_dot(x, weight, scale, zero, **_int4_dot_parameters(len(weight), K))
+        return launch_int4_row(x, weight, scale, zero, **_int4_row_parameters(len(weight)))
+    return launch_int4_dot(x, weight, scale, zero, **_int4_dot_parameters(len(weight), K))
 
 
-@_int4_linear.register_fake
+@int4_linear.register_fake
 def _(x, weight, scale, zero):
     return x.new_empty(len(x), len(weight))
 
@@ -495,7 +487,7 @@ def _(x, weight, scale, zero):
 def int4_row(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float,
              residual: Tensor | None, gated: bool) -> Tensor:
     """`linear.linear_reference` of one row: x [1, .., K], int32 [N, K / 8] ([2 N, K / 8] where gated) -> [1, .., N]."""
-    return _launch_int4_row(x, weight, scale, zero, bias, norm, eps, residual, gated, **_int4_row_parameters(len(weight)))
+    return launch_int4_row(x, weight, scale, zero, bias, norm, eps, residual, gated, **_int4_row_parameters(len(weight)))
 
 
 @int4_row.register_fake
@@ -503,9 +495,9 @@ def _(x, weight, scale, zero, bias, norm, eps, residual, gated):
     return _outputs(x, weight, gated)
 
 
-def _launch_int4_row(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None = None,
-                     norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None, gated: bool = False, *,
-                     block_n: int, block_u: int, num_warps: int) -> Tensor:
+def launch_int4_row(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None = None,
+                    norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None, gated: bool = False, *,
+                    block_n: int, block_u: int, num_warps: int) -> Tensor:
     out, K = _outputs(x, weight, gated), x.shape[-1]
     _int4_row_kernel[(triton.cdiv(len(weight), block_n),)](
         x.contiguous(), norm, weight, scale, zero, bias, residual.contiguous() if residual is not None else None, out, eps,
@@ -515,13 +507,13 @@ def _launch_int4_row(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bia
     return out
 
 
-def _launch_int4_dot(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, *, block_n: int, block_k: int, n_splits: int,
-                     num_warps: int, num_stages: int) -> Tensor:
+def launch_int4_dot(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, *, block_n: int, block_k: int, n_splits: int,
+                    num_warps: int, num_stages: int) -> Tensor:
     N, K = len(weight), x.shape[1]
     partial = _partial(x, N, n_splits)
     per_split = triton.cdiv(triton.cdiv(K, block_k), n_splits) * (block_k // 32)
     _int4_dot_kernel[(triton.cdiv(N, block_n), n_splits)](
-        x, weight, scale, zero, partial, len(x), N, K, per_split, GROUPSIZE=K // scale.shape[1], BLOCK_N=block_n,
+        x.contiguous(), weight, scale, zero, partial, len(x), N, K, per_split, GROUPSIZE=K // scale.shape[1], BLOCK_N=block_n,
         BLOCK_W=block_k // 8, PRECISION=dot_precision(x), PORTABLE=portable(x.device), num_warps=num_warps,
         num_stages=num_stages, **pdl_options(x.device))
     return _summed(partial, x.dtype)

@@ -1,9 +1,9 @@
-"""Linear layers whose weights are 8 or 4 bits, in plain PyTorch; quant_kernels.py multiplies a few rows by them on a GPU.
+"""Linear layers whose weights are 8 or 4 bits, in plain PyTorch; kernels/quant_linear.py runs a few rows on a GPU.
 
 int8   weight int8 [out, in], scale [out]: w = weight * scale, symmetric, one scale per output
 int4   weight int32 [out, in / 8], scale and zero [out, in / groupsize]: w = q * scale + zero, q in 0 .. 15, one pair per
        `groupsize` inputs of an output. A block of 32 inputs is four words; word j holds inputs j, j + 4, ..., j + 28, the
-       first in its lowest bits, so that a thread that loads a block meets its inputs four neighbours at a time.
+       first in its lowest bits, so that a thread that loads a block needs its inputs four contiguous ones at a time.
 
 Scales and zeros are bfloat16 values in the model's dtype. Activations are never quantised.
 

@@ -14,7 +14,7 @@ ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 ONE_ROW = 2 ** -14  # the kernels of one row lose bits of float32's sums, as they say
 SHAPES = [(5, 32, 32), (70, 96, 32), (33, 576, 64), (40, 1536, 256)]  # out, in, groupsize
 
-pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded", "path")
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -63,7 +63,7 @@ def test_every_integer_in_every_place(M, dtype):
     def int8_linear(x):
         if GPU or M > 1:
             return kernels.int8_linear(x, int8, one)
-        return kernels._launch_int8_row(x, int8, one, block_n=64, num_warps=1, block_w=8)  # few programs to interpret
+        return kernels.launch_int8_row(x, int8, one, block_n=64, num_warps=1, block_w=8)  # few programs to interpret
 
     int8 = (torch.arange(-128, 128, device=DEVICE)[:, None] + torch.arange(32, device=DEVICE)).to(torch.int8)  # wraps
     int4 = (torch.arange(16, device=DEVICE, dtype=torch.int32)[:, None] + torch.arange(32, device=DEVICE)).int() % 16
@@ -85,12 +85,12 @@ def test_launch_parameters_change_nothing_but_rounding(M, n_splits):
     pair = [part.float() for part in pair]
     if M == 1:
         row = {"block_n": 2, "num_warps": 1}  # a loop of several blocks, with a rest
-        got = (kernels._launch_int8_row(x, int8, scale.float(), block_w=8, **row),
-               kernels._launch_int4_row(x, words, *pair, block_u=4, **row))
+        got = (kernels.launch_int8_row(x, int8, scale.float(), block_w=8, **row),
+               kernels.launch_int4_row(x, words, *pair, block_u=4, **row))
     else:
         dot = {"block_n": 16, "n_splits": n_splits, "num_warps": 1, "num_stages": 1}
-        got = (kernels._launch_int8_dot(x, int8, scale.float(), block_k=32, **dot),
-               kernels._launch_int4_dot(x, words, *pair, block_k=128, **dot))
+        got = (kernels.launch_int8_dot(x, int8, scale.float(), block_k=32, **dot),
+               kernels.launch_int4_dot(x, words, *pair, block_k=128, **dot))
     dense = reference.dequantize_int8(int8, scale.double()), reference.dequantize_int4(words, *(part.double() for part in pair))
     for found, expected in zip(got, dense, strict=True):
         assert error(found, x.double() @ expected.T) < (ONE_ROW if M == 1 else ROUNDING[torch.float32])
@@ -118,12 +118,12 @@ def test_rows_with_prologue_and_epilogue(kind, N, K, groupsize, dtype):
         if mode == "int8":
             q, scale = reference.quantize_int8(weight)
             parts, dense = (q, scale.to(dtype)), reference.dequantize_int8(q, scale.to(dtype).double())
-            fused, launch, blocks = kernels.int8_row, kernels._launch_int8_row, {"block_w": 64}
+            fused, launch, blocks = kernels.int8_row, kernels.launch_int8_row, {"block_w": 64}
         else:
             q, *pair = reference.quantize_int4(weight, groupsize)
             parts = q, *(part.to(dtype) for part in pair)
             dense = reference.dequantize_int4(q, *(part.to(dtype).double() for part in pair))
-            fused, launch, blocks = kernels.int4_row, kernels._launch_int4_row, {"block_u": 8}
+            fused, launch, blocks = kernels.int4_row, kernels.launch_int4_row, {"block_u": 8}
         expected = linear_reference(x.double(), dense, *wide)
         got = fused(x, *parts, *around)
         assert got.dtype == dtype and got.shape == (1, 1, N)
@@ -138,7 +138,7 @@ def test_ops_have_right_fakes():
     int8, scale = reference.quantize_int8(weight)
     words, *pair = reference.quantize_int4(weight, 32)
     pair = [part.float() for part in pair]
-    for op, arguments in ((kernels._int8_linear, (x, int8, scale.float())), (kernels._int4_linear, (x, words, *pair)),
+    for op, arguments in ((kernels.int8_linear, (x, int8, scale.float())), (kernels.int4_linear, (x, words, *pair)),
                           (kernels.dequantize_int4, (words, *pair)),
                           (kernels.int8_row, (x[:1, None], int8, scale.float(), None, None, 0.0, None, True)),
                           (kernels.int4_row, (x[:1, None], words, *pair, None, None, 0.0, None, True))):
