@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from hashfast.common import WEIGHTS, Parser, UserError
-from hashfast.model import Transformer
 from hashfast.runtime.checkpoint import PRESETS, plan_loading
+from hashfast.runtime.signatures import differences
 
 
 def signature_files(folder: Path) -> dict[Path, dict]:
@@ -31,11 +31,6 @@ def describe(about: dict) -> str:
             f"{model['n_head']}/{model['n_kv_head']} heads of {model['head_dim']}, vocabulary {model['vocab_size']}")
 
 
-def fits(about: dict, model: Transformer) -> bool:
-    here = vars(model.fingerprint())
-    return all(about["model"].get(name, value) == value for name, value in here.items())
-
-
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoints", type=Path, nargs="*", help="checkpoint folders to match signature files with")
@@ -48,9 +43,9 @@ def main() -> None:
         print(f"  {path.name:56} {describe(about)}")
     for folder in options.checkpoints:
         try:
-            model = plan_loading(folder)[0]
+            fingerprint = plan_loading(folder)[0].fingerprint()  # without weights: their hash is compared at load
         except UserError as error:
             print(f"\n{folder}: {error}")
             continue
-        names = [path.name for path, about in files.items() if fits(about, model)]
+        names = [path.name for path, about in files.items() if not differences(about["model"], fingerprint)]
         print(f"\n{folder}: {', '.join(names) or 'no signature file; train one with `hashfast train`'}")

@@ -1,5 +1,4 @@
-"""Recipes: how the encoders of one layer are trained. `Listwise` is ours, `HashAttention` and `Hata` the two
-papers'.
+"""Recipes: how the encoders of one layer are trained. `Listwise` is ours, `HashAttention` and `Hata` the two papers'.
 
 Symbols: T sequence length, n query positions of one step, Hq query heads, Hkv key/value heads, Hs signature heads, G query
 heads per signature head, D head_dim, b signature bits.

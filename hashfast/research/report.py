@@ -56,7 +56,7 @@ def pick(rows: list[dict], **fields: object) -> dict:
     return next((row for row in rows if all(row.get(name) == value for name, value in fields.items())), {})
 
 
-def by(rows: list[dict], key: Callable[[dict], object]) -> list[list[dict]]:
+def grouped(rows: list[dict], key: Callable[[dict], object]) -> list[list[dict]]:
     """Rows of the same key together, in the order of their first."""
     groups: dict[object, list[dict]] = {}
     for row in rows:
@@ -71,7 +71,7 @@ def markdown(header: list[str], lines: Iterable[list[str]]) -> str:
 def attention_table(rows: list[dict]) -> str:
     """Lines of one batch, context and sparsity: all modes of signatures, and the dense peers measured on the same caches."""
     lines = []
-    for case in by(rows, lambda row: (row["batch"], row["context"], row["sparsity"])):
+    for case in grouped(rows, lambda row: (row["batch"], row["context"], row["sparsity"])):
         hash, hashattention, hata = (pick(case, mode=mode) for mode in ("default", "hashattention", "hata"))
         dense = next(row for row in case if "dense_best_us" in row)
         lines.append([
@@ -88,7 +88,7 @@ def attention_table(rows: list[dict]) -> str:
 
 def decode_table(rows: list[dict]) -> str:
     lines = []
-    for runs in by(rows, shape):
+    for runs in grouped(rows, shape):
         dense, hash = (pick(runs, attention=mode) for mode in ("dense", "hash"))
         gain = dense["ms_per_step"] / hash["ms_per_step"] if dense and hash else None
         lines.append([shape(runs[0]), fixed(dense.get("ms_per_step"), 2), fixed(dense.get("floor_ms"), 2),
@@ -103,7 +103,7 @@ def decode_table(rows: list[dict]) -> str:
 
 def latency_table(rows: list[dict]) -> str:
     lines = []
-    for runs in by(rows, lambda row: row["context"]):
+    for runs in grouped(rows, lambda row: row["context"]):
         dense, hash = (pick(runs, attention=mode) for mode in ("dense", "hash"))
         gain = dense["ms_per_token"] / hash["ms_per_token"] if dense and hash else None
         lines.append([tokens(runs[0]["context"]), fixed(runs[0]["ttft_s"], 2), fixed(dense.get("ms_per_token"), 2),
@@ -158,7 +158,7 @@ def answers(rows: list[dict]) -> str:
 
 
 def by_run(rows: list[dict]) -> list[list[dict]]:
-    return by(rows, lambda row: (method(row), row["ratio"]))
+    return grouped(rows, lambda row: (method(row), row["ratio"]))
 
 
 def needles_table(rows: list[dict]) -> str:
@@ -181,7 +181,7 @@ def ablations_table(rows: list[dict]) -> str:
     kinds = [name for name in rows[0] if name.startswith("mass_")]
     ratios = list(dict.fromkeys(row["ratio"] for row in rows))
     lines = [[runs[0]["name"], fixed(runs[0].get("bytes_per_token"), 0),
-              *(fixed(row[kind], 3) for kind in kinds for row in runs)] for runs in by(rows, lambda row: row["name"])]
+              *(fixed(row[kind], 3) for kind in kinds for row in runs)] for runs in grouped(rows, lambda row: row["name"])]
     names = [f"{kind.removeprefix('mass_')} 1/{ratio}" for kind in kinds for ratio in ratios]
     return markdown(["choice", "bytes", *names], lines)
 
@@ -196,7 +196,7 @@ def quickstart_table(rows: list[dict]) -> str:
 def summary_lines(name: str, rows: list[dict]) -> Iterable[list[str]]:
     """Lines of `summary` from the rows of a file of table NAME: what, dense, hash, hash's floor, how many times as fast."""
     if name == "attention":
-        for case in by(rows, lambda row: (row["batch"], row["context"], row["sparsity"])):
+        for case in grouped(rows, lambda row: (row["batch"], row["context"], row["sparsity"])):
             hash, dense = pick(case, mode="default"), next((row for row in case if "dense_best_us" in row), None)
             if hash and dense:
                 yield [f"attention of a layer, {shape(hash)}, 1/{hash['sparsity']}",
@@ -205,13 +205,13 @@ def summary_lines(name: str, rows: list[dict]) -> Iterable[list[str]]:
                        f"{dense['dense_best_us'] / hash['total_us']:.1f}x"]
     elif name in ("decode", "latency"):
         ms = "ms_per_step" if name == "decode" else "ms_per_token"
-        for runs in by(rows, lambda row: (row["model"], shape(row))):
+        for runs in grouped(rows, lambda row: (row["model"], shape(row))):
             dense, hash = (pick(runs, attention=mode) for mode in ("dense", "hash"))
             if hash and dense:
                 yield [f"a token, {hash['model']}, {shape(hash)}, 1/{hash['sparsity']:g}", f"{dense[ms]:.2f} ms",
                        f"{hash[ms]:.2f} ms", f"{hash['floor_ms']:.2f} ms", f"{dense[ms] / hash[ms]:.2f}x"]
     else:
-        for runs in by([row for row in rows if row["selector"] == "hash"], lambda row: row["ratio"]):
+        for runs in grouped([row for row in rows if row["selector"] == "hash"], lambda row: row["ratio"]):
             own = [row for row in runs if method(row) == method(runs[0])]  # the first of several signatures files
             what = f"{runs[0]['model']}, {tokens(runs[0]['budget'])} of {tokens(runs[0]['context'])} tokens"
             if name == "needles":
@@ -241,7 +241,7 @@ def claims(folder: Path) -> str:
         return span(row[peer] / row["total_us"] for row in rows_of("attention") if row["mode"] == "default" and row.get(peer))
 
     steps = [[pick(runs, attention=mode) for mode in ("dense", "hash")]
-             for runs in by(rows_of("decode"), lambda row: (row["model"], shape(row))) if runs[0].get("ranks", 1) == 1]
+             for runs in grouped(rows_of("decode"), lambda row: (row["model"], shape(row))) if runs[0].get("ranks", 1) == 1]
     throughput = span(dense["ms_per_step"] / hash["ms_per_step"] for dense, hash in steps if dense and hash)
     return markdown(["paper", "claim", "here"], [
         ["HashAttention", "attention up to 4.3x faster in GPT-FAST; A100, 1/32", f"{faster('flex_us')}, of FlexAttention"],
@@ -266,7 +266,7 @@ def summary(folder: Path, base: Path) -> str:
             link = Path(os.path.relpath(path, base)).as_posix()
             result = read_results(path)
             rows = [row for row in result["rows"] if row.get("ranks", 1) == 1]
-            own = told(path, name, summary_lines, name, rows)
+            own = checked(path, name, summary_lines, name, rows)
             for line in own:  # a shape of both decode and latency stands there once
                 lines.setdefault((line[0], result["gpu"]), [*line, f"[{path.name}]({link})"])
             if own:
@@ -326,8 +326,8 @@ def provenance(result: dict, path: Path, link: Path, image: bool) -> str:
     return f"{', '.join(filter(None, parts))}; {', '.join(links)}: `{result['command']}`.{note}"
 
 
-def told(path: Path, name: str, make: Callable, *arguments: object) -> str | list:
-    """make(*arguments), a string or all that it yields; a UserError where the rows of `path` are not those of table NAME."""
+def checked(path: Path, name: str, make: Callable, *arguments: object) -> str | list:
+    """make(*arguments), a string or a list of what it yields; a UserError where `path` has not the rows of table NAME."""
     try:
         made = make(*arguments)
         return made if isinstance(made, str) else list(made)
@@ -341,7 +341,7 @@ def tables_of(name: str, folder: Path, base: Path) -> str:
     table, parts = TABLES[name], []
     for path in sorted(folder.glob(table.files)):
         result = read_results(path)
-        made = told(path, name, table.make, result["rows"])
+        made = checked(path, name, table.make, result["rows"])
         link = Path(os.path.relpath(path, base))
         if table.image and path.with_suffix(".png").exists():
             parts.append(f"![{name}]({link.with_suffix('.png').as_posix()})")

@@ -19,7 +19,7 @@ from hashfast.research.needles import Needle, make_needle
 from hashfast.research.plots import heat_maps
 from hashfast.runtime.tokenizer import Tokenizer
 
-SLACK = 32  # tokens of a context that a retrieval document leaves free: it is measured without the chat template's joints
+SLACK = 32  # tokens of a context left free: documents are measured without what the chat template adds between their parts
 EXTRA = 8  # tokens that a greedy answer may be longer than the true one
 
 

@@ -53,6 +53,12 @@ def save_signatures(path: str | Path, encoders: list[HashEncoder], model: Finger
         save_file(tensors, beside, metadata={"hashfast": json.dumps(about)})
 
 
+def differences(there: dict, model: Fingerprint) -> dict:
+    """The model's values of what a file's fingerprint says otherwise; what either does not know is no difference."""
+    return {field: here for field, here in asdict(model).items()
+            if here != there.get(field, here) and not (field == "norms" and None in (here, there[field]))}
+
+
 def load_signatures(path: str | Path, model: Fingerprint) -> tuple[list[HashEncoder], dict]:
     """Read what `save_signatures` wrote -> (one HashEncoder per layer, in float32, and the metadata).
 
@@ -72,15 +78,12 @@ def load_signatures(path: str | Path, model: Fingerprint) -> tuple[list[HashEnco
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a hashfast signatures file ({type(error).__name__}: {error}); "
                         "make one with train_hash.py") from error
-    for field, here in asdict(model).items():
-        if here == there.get(field, here):
-            continue
+    for field, here in differences(there, model).items():
         if field not in ("norms", "rope_scaling"):
             raise UserError(f"{path} holds signatures of another model: {field} is {there[field]} there and {here} here; "
                             "use signatures trained on this model")
-        if field == "rope_scaling" or None not in (here, there[field]):
-            print(f"warning: {path} is of another model of this shape: {field} is {there[field]} there and {here} here",
-                  file=sys.stderr)
+        print(f"warning: {path} is of another model of this shape: {field} is {there[field]} there and {here} here",
+              file=sys.stderr)
     encoders = []
     for i in range(model.n_layer):
         encoder = HashEncoder(config, model.n_head, model.n_kv_head, model.head_dim)
