@@ -26,8 +26,6 @@ SHAPES = [(5, 32, 32), (70, 96, 32), (33, 576, 64), (40, 1536, 256)]  # out, in,
 ROOT = Path(__file__).parents[2]
 CHECKPOINT, BOOK = ROOT / "checkpoints" / "smollm2-135m-instruct", ROOT / "data" / "alice29.txt"
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def seeded():
