@@ -88,7 +88,8 @@ def test_greedy_tokens_equal_transformers(pair):
     assert greedy(ours, ids, 64) == expected[0, 40:].tolist()
 
 
-@pytest.mark.parametrize("share", ["kv", "query"])
+@pytest.mark.parametrize(("pair", "share"), [("llama", "query"), ("llama-yarn", "kv"), ("mistral", "kv"), ("qwen2", "kv")],
+                         indirect=["pair"])
 def test_a_budget_of_the_whole_cache_gives_dense_tokens(pair, share):
     ids = torch.randint(0, 120, (40,))
     ours = pair[1]
@@ -96,6 +97,7 @@ def test_a_budget_of_the_whole_cache_gives_dense_tokens(pair, share):
     assert greedy(ours, ids, 48, encoders, SparseSettings(88, sink=4, recent=8)) == greedy(ours, ids, 48)
 
 
+@pytest.mark.parametrize("pair", ["llama", "mistral", "qwen2"], indirect=True)
 def test_a_small_budget_reads_less_and_changes_logits(pair):
     ours = pair[1]
     ids = torch.randint(0, 120, (120,))
