@@ -87,7 +87,8 @@ def test_greedy_tokens_equal_transformers(pair):
     assert greedy(ours, ids, 64) == expected[0, 40:].tolist()
 
 
-@pytest.mark.parametrize("share", ["kv", "query"])
+@pytest.mark.parametrize(("pair", "share"), [("llama", "query"), ("llama-yarn", "kv"), ("mistral", "kv"), ("qwen2", "kv")],
+                         indirect=["pair"])
 def test_a_budget_of_the_whole_cache_gives_dense_tokens(pair, share):
     ids = torch.randint(0, 120, (40,))
     ours = pair[1]
@@ -95,6 +96,7 @@ def test_a_budget_of_the_whole_cache_gives_dense_tokens(pair, share):
     assert greedy(ours, ids, 48, encoders, SparseSettings(88, sink=4, recent=8)) == greedy(ours, ids, 48)
 
 
+@pytest.mark.parametrize("pair", ["llama", "mistral", "qwen2"], indirect=True)
 def test_a_small_budget_reads_less_and_changes_logits(pair):
     ours = pair[1]
     ids = torch.randint(0, 120, (120,))
@@ -113,14 +115,12 @@ def test_a_small_budget_reads_less_and_changes_logits(pair):
 
 
 @pytest.mark.parametrize("pair", ["qwen2"], indirect=True)
-@pytest.mark.parametrize("attention", ["dense", "hash", "hash of uneven budgets"])
-def test_one_compilation_serves_every_layer_length_and_prompt(pair, attention):
-    """No graph break (fullgraph) and no recompilation over 200 steps and two prompts of different lengths."""
+def test_one_compilation_serves_every_layer_length_and_prompt(pair):
+    """No graph break (fullgraph) and no recompilation over 200 steps and two prompts of different lengths, with biases and
+    uneven budgets."""
     ours = pair[1]
-    hashed = ()
-    if attention != "dense":
-        budgets = ((16, 32), (20, 14), (30, 30)) if "uneven" in attention else None
-        hashed = (random_encoders(HashConfig(), ours.fingerprint()), SparseSettings(32, sink=4, recent=8, budgets=budgets))
+    settings = SparseSettings(32, sink=4, recent=8, budgets=((16, 32), (20, 14), (30, 30)))
+    hashed = (random_encoders(HashConfig(), ours.fingerprint()), settings)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()

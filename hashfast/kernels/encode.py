@@ -1,6 +1,6 @@
 """Triton kernel of a step's queries, keys and values. hash_attention.py holds the definition and the symbols used here.
 
-rope_encode_append   rotate, encode, write to the cache   one kernel
+rope_encode_append   RoPE, signatures and bit planes, the new rows of the cache   one kernel
 
 Plain Triton on every path.
 """
@@ -40,7 +40,7 @@ def _weights(weight, HALF: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr
 
 @triton.jit
 def _products(first, second, weights):
-    """The products of x @ weight, float32 [BLOCK, BITS]: a head's halves are added, axis 0 is left to sum."""
+    """x @ weight before the sum over axis 0, float32 [BLOCK, BITS]: the products of both halves of a head, added."""
     return first.to(tl.float32)[:, None] * weights[0] + second.to(tl.float32)[:, None] * weights[1]
 
 
@@ -89,7 +89,7 @@ def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight
             else:
                 codes += biases
     pdl_wait(PDL)
-    # all loads come before the first store, which they would otherwise have to wait for
+    # all loads before the first store: they may alias it, so the compiler would keep later ones behind it
     position = tl.load(seq_lens + batch).to(tl.int64) - T + t
     qkv += token * ((HQ + 2 * HKV) * D)
     angle_cos = tl.load(cos + token * HALF + column, mask=column < HALF, other=0.0)
@@ -112,7 +112,7 @@ def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight
         code = tl.sum(_products(key_first, key_second, key_weights), axis=0) + key_biases
         tl.store(signatures + batch * x_b + head * x_h + position * x_s + word, _pack(code > 0, WORDS))
     if QUERIES:
-        products = tl.zeros([BLOCK, BITS], tl.float32)  # of all queries, so that they are summed over channels but once
+        products = tl.zeros([BLOCK, BITS], tl.float32)  # of all queries, so that there is one reduction over channels
         for g in tl.static_range(G):
             if EARLY:
                 weights = query_weights[g]
@@ -138,9 +138,9 @@ def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight
 
 
 def _parameters(weights: int) -> tuple[bool, int]:
-    """Whether a program with so many weights loads them early, and how many warps it has. By measurement on an H200.
+    """(EARLY, num_warps) of a program with so many weights.
 
-    Fewer warps have fewer sums to exchange, but their registers must hold the weights, in up to 160 of a lane's 255.
+    Fewer warps reduce less through shared memory, but their registers must hold the weights: up to 160 of a lane's 255.
     """
     return weights <= 2 ** 15, 4 if weights <= 5 * 2 ** 12 else 8
 

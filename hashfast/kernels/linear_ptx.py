@@ -2,8 +2,8 @@
 
 Weights go from memory straight into the operands of mma.m16n8k16, without shared memory, a layout conversion or a barrier in
 the loop. Of a tile of eight outputs by 32 inputs, a warp's lane 4 g + t loads the 16 bytes of output g that hold inputs
-8 t .. 8 t + 7, and of a tile of eight rows of x likewise. The instruction would have other inputs there, but a sum's order is
-free, as long as weights and x agree.
+8 t .. 8 t + 7, and of a tile of eight rows of x likewise. That permutes K against the fragment layout, the same way for
+weights and x, so the product is the same.
 """
 import functools
 
@@ -51,23 +51,23 @@ _SCALE = tl.constexpr("{ .reg .b32 xl, xh, fl, fh; mov.b64 {xl, xh}, $1; mov.b64
 
 
 @triton.jit
-def _number(x, i: tl.constexpr):
-    """The i-th of the four bfloat16 numbers in each int64, as float32."""
+def _element(x, i: tl.constexpr):
+    """The i-th of the four bfloat16 elements of each int64, as float32."""
     return (((x >> (16 * i)) & 0xFFFF) << 16).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _squares(x):
-    """Sum of the squares of the four numbers in each int64."""
+    """Sum of the squares of the four elements of each int64."""
     total = tl.zeros(x.shape, tl.float32)
     for i in tl.static_range(4):
-        total += _number(x, i) * _number(x, i)
+        total += _element(x, i) * _element(x, i)
     return total
 
 
 @triton.jit
 def _scaled(x, factor):
-    """Products of the four bfloat16 numbers in each int64, rounded to bfloat16."""
+    """Products of the four bfloat16 elements of each int64, rounded to bfloat16."""
     return tl.inline_asm_elementwise(_SCALE, "=l,l,l", [x, factor], dtype=tl.int64, is_pure=True, pack=1)
 
 
@@ -75,7 +75,7 @@ def _scaled(x, factor):
 def _multiply(acc, weights, x, PARTS: tl.constexpr, WARPS: tl.constexpr):
     """acc [PARTS * WARPS * 8 outputs, 8 rows of x] plus the products of one unit of inputs per warp.
 
-    weights [PARTS * WARPS * 8, 8] and x [WARPS * 8, 8], eight times four numbers as int64.
+    weights [PARTS * WARPS * 8, 8] and x [WARPS * 8, 8], int64 of four elements each.
     """
     x = tl.reshape(tl.broadcast_to(x[None], [PARTS, WARPS * 8, 8]), [PARTS * WARPS * 8, 8])
     return tl.inline_asm_elementwise(_MMA, _MMA_REGISTERS, [acc, weights, x], dtype=tl.float32, is_pure=True, pack=4)
@@ -103,7 +103,7 @@ def _load_units(row, q, first, visible, Q: tl.constexpr, UNITS: tl.constexpr, ST
 @triton.jit
 def _mma_linear_kernel(x, norm, weight, bias, residual, out, M, N, eps, K: tl.constexpr, GATED: tl.constexpr,
                        PARTS: tl.constexpr, WARPS: tl.constexpr, UNITS: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr):
-    """x [M, K / 4], norm [K / 4], weight [N, K / 4] or, GATED, [2 N, K / 4] as int64 of four numbers each, bias [N],
+    """x [M, K / 4], norm [K / 4], weight [N, K / 4] or, GATED, [2 N, K / 4] as int64 of four elements each, bias [N],
     residual [M, N] -> out [M, N]. GATED: every other part is of the gate. TILES: of eight rows of x.
 
     q: place in a row of such int64. Warps take turns of UNITS * 8 of them.
@@ -176,7 +176,7 @@ def _mma_linear_kernel(x, norm, weight, bias, residual, out, M, N, eps, K: tl.co
 
 @functools.cache
 def check_lanes(device: torch.device) -> None:
-    """Triton does not promise which lane holds which number, and another order would give other sums: RuntimeError if so.
+    """Triton does not promise which lane holds which element, and another order would give other sums: RuntimeError if so.
 
     Small integers, whose sums are exact.
     """

@@ -22,24 +22,24 @@ def aligned(*rows: Tensor) -> bool:
     return all(x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1]) for x in rows)
 
 
-# Lane 4 g + t of a warp has, of 16 tokens, the keys g and g + 8 and the values 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, in chunks of
-# 16 bytes: t, t + 4, t + 8, .. of a key, g, g + 8, .. of a value. That is what mma.m16n8k16 asks of it in the products
-#     S^T [tokens, queries] = K Q^T      where channels may come in any order, if it is the same for K and Q
+# Lane 4 g + t of a warp holds, of 16 tokens, keys g and g + 8 and values 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, in chunks of 16
+# bytes: t, t + 4, t + 8, .. of a key, g, g + 8, .. of a value. Those are its fragments of mma.m16n8k16 in
+#     S^T [tokens, queries] = K Q^T      with channels permuted, the same way in K and Q
 #     O^T [channels, queries] += V^T P^T
-# but that V has two channels of one token in a register instead of one channel of two tokens. One `prmt` a register mends it.
-# The weights P pass from the accumulators of the first product to an operand of the second by `movmatrix`.
+# except that a register of V has two channels of one token instead of one channel of two tokens: one `prmt` a register swaps
+# them. P goes from the accumulators of the first product to the B operand of the second by `movmatrix`.
 #
-# Triton sees tensors [32] with one number a lane. What depends on the lane comes out of assembly, and so no layout is assumed.
+# To Triton all tensors are [32], one element a lane. What depends on the lane comes out of assembly, so no layout is assumed.
 
 @triton.constexpr_function
 def _constraints(results, kind, arguments):
-    """Registers of `kind` that are changed in place, then arguments: a letter each."""
+    """Constraints of `results` registers of `kind`, updated in place, then of the arguments, a letter each."""
     return ",".join([f"=&{kind}"] * results + [str(i) for i in range(results)] + list(arguments))
 
 
 @triton.constexpr_function
 def _types(count, dtype):
-    """The types of an assembly's results."""
+    """Result types of an assembly."""
     return (dtype,) * count
 
 

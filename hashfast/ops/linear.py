@@ -1,7 +1,7 @@
-"""Linear layers of a decode step together with the norm before and the activation or residual after them.
+"""Linear layers of a decode step with prologue (RMSNorm) and epilogue (gate, residual).
 
-Plain PyTorch on a CPU, for prompts, and for other dtypes; one Triton kernel each for a step of few rows in bfloat16 on a GPU
-(kernels/linear.py). int8 layers have their own (kernels/quant_linear.py), with prologue and epilogue for one row alone.
+Plain PyTorch on a CPU, for prompts, and for other dtypes; one fused Triton kernel each for up to 16 rows in bfloat16 on a GPU
+(kernels/linear.py). int8 layers have their own (kernels/quant_linear.py), fused for one row alone.
 
 Symbols: K inputs, N outputs.
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KERNEL_ROWS = 16  # rows that the kernels take
+KERNEL_ROWS = 16  # the most rows that the kernels take
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -29,7 +29,7 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tenso
 
 
 def _after(out: Tensor, residual: Tensor | None, gated: bool) -> Tensor:
-    """What follows a product: [..., N or 2 N] -> [..., N]."""
+    """The epilogue of a product: [..., N or 2 N] -> [..., N]."""
     if gated:
         gate, up = out.chunk(2, dim=-1)
         hidden = F.silu(gate) * up
@@ -40,13 +40,13 @@ def _after(out: Tensor, residual: Tensor | None, gated: bool) -> Tensor:
 
 def linear(x: Tensor, layer: nn.Module, norm: nn.Module | None = None, residual: Tensor | None = None,
            gated: bool = False) -> Tensor:
-    """`linear_reference` of a layer and the RMSNorm before it, by one kernel where there is one."""
+    """`linear_reference` of a layer and the RMSNorm before it, by one fused kernel where there is one."""
     K = x.shape[-1]
     if x.is_cuda and x.numel() <= KERNEL_ROWS * K:
-        around = (*((norm.weight, norm.eps) if norm is not None else (None, 0.0)), residual, gated)
+        fused = (*((norm.weight, norm.eps) if norm is not None else (None, 0.0)), residual, gated)
         if type(layer) is nn.Linear and x.dtype == torch.bfloat16 and K % 8 == 0:
             from hashfast.kernels import linear as linear_kernels
-            return linear_kernels.linear(x, layer.weight, layer.bias, *around)
+            return linear_kernels.linear(x, layer.weight, layer.bias, *fused)
         if x.numel() == K and getattr(layer, "has_row_kernel", False):  # quant_linear.py
-            return layer.row(x, *around)
+            return layer.row(x, *fused)
     return _after(layer(x if norm is None else norm(x)), residual, gated)

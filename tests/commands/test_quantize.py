@@ -17,7 +17,7 @@ from hashfast.runtime.memory import bytes_per_step, prefill_bytes
 ROOT = Path(__file__).parents[2]
 CHECKPOINT, BOOK = ROOT / "checkpoints" / "smollm2-135m-instruct", ROOT / "data" / "alice29.txt"
 
-pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.fixture

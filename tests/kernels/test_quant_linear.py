@@ -4,16 +4,16 @@ import torch
 from conftest import DEVICE, GPU
 
 pytest.importorskip("triton")
+from kernel_inputs import DTYPES, RUNS  # noqa: E402
+
 from hashfast.kernels import quant_linear as kernels  # noqa: E402
 from hashfast.ops.linear import linear_reference  # noqa: E402
 from hashfast.ops.quant_linear import dequantize_int8, quantize_int8  # noqa: E402
 
-# the interpreter multiplies bfloat16 wrongly
-DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 ONE_ROW = 2 ** -14  # sums of one row carry 1152 times the inputs, which costs bits of float32
 
-pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
+pytestmark = pytest.mark.usefixtures("seeded", "path")
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -94,7 +94,7 @@ def test_rows_with_prologue_and_epilogue(kind, N, K, dtype):
     assert got.dtype == dtype and got.shape == (1, 1, N)
     assert error(got, expected) < max(ROUNDING[dtype], ONE_ROW)
     again = [kernels.launch_int8_row(x, int8, scale.to(dtype), *around, block_n=4, block_w=64, num_warps=1)
-             for _ in range(1 + GPU)]
+             for _ in range(RUNS)]
     assert error(again[0], expected) < max(ROUNDING[dtype], ONE_ROW)
     assert torch.equal(again[0], again[-1])
 

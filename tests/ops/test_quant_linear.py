@@ -7,7 +7,7 @@ from conftest import DEVICE
 from hashfast.ops import quant_linear
 from hashfast.ops.quant_linear import Int8Linear, dequantize_int8, quantize_int8
 
-pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def test_integers_survive():

@@ -35,8 +35,6 @@ PROMPTS = [[7], list(range(40, 80))]
 STEPS = 24
 TURNS = ["Hello", "And then?", ""]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # ------------------------------------------------------------------------------------------------------ what a rank runs
 
