@@ -21,7 +21,6 @@ from hashfast.research.harness import DecodeLM, lm  # noqa: E402
 
 CONTEXT = 128
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(checkpoint: Path, *selectors: str) -> EvalConfig:
