@@ -283,15 +283,15 @@ def test_a_session_as_a_notebook_uses_it(run: Callable[..., Ran], tiny_checkpoin
     save_signatures(tmp_path / "tiny.safetensors", random_encoders(HashConfig(), model.fingerprint()), model.fingerprint(), {})
     encoders, _ = load_signatures(tmp_path / "tiny.safetensors", model.fingerprint())
     hashed = ("--attention", "hash", "--signatures", tmp_path / "tiny.safetensors", "--budget", 32, "--sink", 4, "--recent", 8)
-    for flags, how in (((), ()), (hashed, (encoders, SparseSettings(32, sink=4, recent=8)))):
-        for drafting in ((), ("--speculate", "self", "--speculate_k", 3)) if not flags else ((),):
-            options = DecodeOptions(temperature=0, speculate_k=3 if drafting else 0)
-            notebook = hashfast.Session(model, tokenizer, 128, *how, options=options)
-            for text in ("The quick brown fox", "The quick brown fox jumps"):
-                wanted = run("--prompt", text, *flags, *drafting, prompt=()).json["text"]
-                assert notebook.generate(text, max_new_tokens=24) == wanted[0]
-    wanted = run("--prompt", "Hi", "--chat", *hashed, prompt=()).json["text"]
-    assert notebook.generate("Hi", 24, chat=True) == notebook.generate([{"role": "user", "content": "Hi"}], 24) == wanted[0]
+    settings = SparseSettings(32, sink=4, recent=8)
+    cases = [((), (), 0), (("--speculate", "self", *hashed[2:]), (encoders, settings), 3), (hashed, (encoders, settings), 0)]
+    for flags, how, k in cases:
+        notebook = hashfast.Session(model, tokenizer, 128, *how, options=DecodeOptions(temperature=0, speculate_k=k))
+        for text in ("The quick brown fox", "The quick brown fox jumps"):
+            (wanted,) = run("--prompt", text, *flags, prompt=()).json["text"]
+            assert notebook.generate(text, max_new_tokens=24) == wanted
+    (wanted,) = run("--prompt", "Hi", "--chat", *hashed, prompt=()).json["text"]
+    assert notebook.generate("Hi", 24, chat=True) == notebook.generate([{"role": "user", "content": "Hi"}], 24) == wanted
     with pytest.raises(UserError, match="a prompt of 128 tokens leaves no room in caches of 128"):
         notebook.generate("x" * 128)
 

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -107,7 +108,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> P
     """Two models with signatures, and what two ranks computed of them."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("tp")
-    (folder / "llama").symlink_to(tiny_checkpoint)
+    shutil.copytree(tiny_checkpoint, folder / "llama")  # signatures are written beside it
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
         hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=64,
