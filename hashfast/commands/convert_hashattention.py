@@ -26,6 +26,7 @@ from hashfast.common import Parser, UserError
 from hashfast.hash_attention import HashConfig, HashEncoder
 from hashfast.model import Fingerprint
 from hashfast.runtime.checkpoint import load_model
+from hashfast.runtime.hub import checkpoint_folder
 from hashfast.runtime.signatures import random_encoders, save_signatures
 
 NETWORK = re.compile(r"(?:.*\.)?(\d+)\.learning_to_hash_transformation_([qk])\.(\d+)\.(\d+)\.(weight|bias)")
@@ -168,7 +169,7 @@ def main() -> None:
     parser.add_argument("--checkpoint_path", type=Path, required=True, help="the model they were trained for")
     parser.add_argument("--out", type=Path, required=True, help="the signatures file to write")
     args = parser.parse_args()
-    model = load_model(args.checkpoint_path).fingerprint()
+    model = load_model(checkpoint_folder(args.checkpoint_path)).fingerprint()
     recipe, encoders = convert(args.files, model)
     save_signatures(args.out, encoders, model, {"recipe": recipe, "converted_from": [path.name for path in args.files]})
     print(f"{args.out}: {recipe}, {asdict(encoders[0].config)}")
