@@ -28,7 +28,6 @@ from hashfast.common import (
 )
 from hashfast.hash_attention import HashConfig, HashEncoder
 from hashfast.model import Transformer
-from hashfast.ops.quant_linear import Quantization
 from hashfast.research.budgets import calibrated
 from hashfast.runtime import distributed, tensor_parallel
 from hashfast.runtime.checkpoint import PRESETS, load_model, random_model
@@ -145,7 +144,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint_path", type=Path, help="folder with config.json, safetensors and the tokenizer")
     add("--random_weights", metavar="PRESET", help=f"no checkpoint, random weights, for latency: {', '.join(PRESETS)}")
-    add("--quantize", choices=("int8", "int4"), help="of --random_weights; `hashfast quantize` is for checkpoints")
+    add("--quantize", choices=("int8",), help="of --random_weights; `hashfast quantize` is for checkpoints")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", type=int_or_str, default="Hello, my name is", help="text, or how many random tokens")
     prompts.add_argument("--prompt_file", type=Path, help="a text file")
@@ -390,8 +389,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     dtype = getattr(torch, options.precision)
     if options.random_weights is not None:
-        quantization = Quantization(options.quantize) if options.quantize else None
-        model = random_model(options.random_weights, options.device, dtype, options.seed, quantization)
+        model = random_model(options.random_weights, options.device, dtype, options.seed, options.quantize)
     else:
         model = load_model(options.checkpoint_path, options.device, dtype)
     tokenizer = read_tokenizer(options)

@@ -1,7 +1,14 @@
 """hashfast: decoding in native PyTorch whose attention reads the few tokens that learned bit signatures select.
 
-    import hashfast
-    model = hashfast.load_model("checkpoints/smollm2-135m-instruct")
+    import torch, hashfast
+    folder = "checkpoints/smollm2-135m-instruct"
+    model = hashfast.load_model(folder, "cpu", torch.float32)
+    tokenizer = hashfast.Tokenizer.load(folder)
+    signatures = hashfast.WEIGHTS / "smollm2-135m-instruct.safetensors"
+    encoders, about = hashfast.load_signatures(signatures, model.fingerprint())
+    settings = hashfast.SparseSettings(budget=512)  # tokens read per step; without encoders and settings: dense attention
+    session = hashfast.Session(model, tokenizer, 4096, encoders, settings, hashfast.DecodeOptions(temperature=0))
+    print(session.generate(open("book.txt").read()[:10000], max_new_tokens=64))
 
 The names below are imported when they are first used, so that `import hashfast` itself loads neither torch nor triton.
 """

@@ -61,15 +61,13 @@ speculate() {
 }
 
 parity() {
-    local bits ranks k folder="$RESULTS/raw" shapes="1x32768 8x32768" files
+    local ranks k folder="$RESULTS/raw" shapes="1x32768 8x32768" files
     local torchrun=(-m torch.distributed.run --standalone --nproc_per_node)
     # shellcheck disable=SC2086  # shapes are words
     run -m hashfast bench decode --shapes $shapes --no_warm_start --json "$folder/plain_$name.json"
-    for bits in int8 int4; do
-        run -m hashfast bench decode --shapes 1x32768 --quantize $bits --attention hash \
-            --no_warm_start --json "$folder/${bits}_$name.json"
-    done
-    files=("$folder/plain_$name.json" "$folder/int8_$name.json" "$folder/int4_$name.json")
+    run -m hashfast bench decode --shapes 1x32768 --quantize int8 --attention hash \
+        --no_warm_start --json "$folder/int8_$name.json"
+    files=("$folder/plain_$name.json" "$folder/int8_$name.json")
     for ranks in 2 4; do
         if [ "$(wc -l <<<"$gpus")" -ge $ranks ]; then
             # shellcheck disable=SC2086

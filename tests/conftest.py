@@ -3,7 +3,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +16,16 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before anything imports triton
+os.environ["OMP_NUM_THREADS"] = "1"  # of child processes; two would wait for each other longer than tiny products take
+torch.set_num_threads(1)
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "<|im_start|>assistant\n"
 )
+# One geometry for all compiled tests of the tiny checkpoint, so that Inductor compiles a part once for all of them: three
+# sequences, caches of 130 rows, and what hash steps read.
+COMPILED = {"batch": 3, "length": 130, "budget": 16, "sink": 4, "recent": 4}
 BYTES = 256  # the tokenizer's first ids, one per byte; the special tokens follow
 
 
@@ -70,15 +75,6 @@ def checkpoint_copy(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., Path
         (folder / "config.json").write_text(json.dumps(config | fields))
         return folder
     return copy
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Two would wait for each other far longer than these tiny products take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Ran(NamedTuple):

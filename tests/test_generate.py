@@ -1,7 +1,6 @@
 """The command line as users run it: what it prints, what it reports, and one line for every mistake."""
 import functools
 import json
-import os
 import re
 import shutil
 import signal
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Ran
+from conftest import COMPILED, Ran
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -37,9 +36,6 @@ BYTES = 256  # token ids below stand for bytes, those above are special
 TINY = ModelArgs(2, 32, 4, 2, 8, 64, 120, 1e-5, 10000.0, max_position=512)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture
 def run(command: Callable[..., Ran], tiny_checkpoint: Path) -> Callable[..., Ran]:
     """run(flag, ...) continues a short text greedily with the tiny model, and prints JSON."""
@@ -52,7 +48,7 @@ def run(command: Callable[..., Ran], tiny_checkpoint: Path) -> Callable[..., Ran
 def process(*flags: object, **how: object) -> subprocess.Popen:
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs do not
     return subprocess.Popen([sys.executable, str(SCRIPT), "--device", "cpu", *map(str, flags)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=heed, **how)
+                            stderr=subprocess.PIPE, preexec_fn=heed, **how)
 
 
 # ----------------------------------------------------------------------------------------------------------- end to end
@@ -260,10 +256,12 @@ def test_signatures_from_a_file(run: Callable[..., Ran], tiny_checkpoint: Path, 
 
 @pytest.mark.slow
 def test_compiled_prefill_and_steps_give_the_same_tokens(run: Callable[..., Ran]) -> None:
-    eager = run()
+    prompt = ("--prompt", "The quick brown fox jumps over the lazy dog." * 2)  # more than half of a chunk: it is padded
+    flags = ("--batch_size", COMPILED["batch"], "--max_seq_length", COMPILED["length"])
+    eager = run(*flags, prompt=prompt)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = run("--compile", "--compile_prefill", "--num_samples", 2)
+    compiled = run("--compile", "--compile_prefill", "--num_samples", 2, *flags, prompt=prompt)
     assert compiled.tokens == eager.tokens * 2
     # the step's stem, block and head; prefill before and after attention
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
@@ -285,15 +283,15 @@ def test_a_session_as_a_notebook_uses_it(run: Callable[..., Ran], tiny_checkpoin
     save_signatures(tmp_path / "tiny.safetensors", random_encoders(HashConfig(), model.fingerprint()), model.fingerprint(), {})
     encoders, _ = load_signatures(tmp_path / "tiny.safetensors", model.fingerprint())
     hashed = ("--attention", "hash", "--signatures", tmp_path / "tiny.safetensors", "--budget", 32, "--sink", 4, "--recent", 8)
-    for flags, how in (((), ()), (hashed, (encoders, SparseSettings(32, sink=4, recent=8)))):
-        for drafting in ((), ("--speculate", "self", "--speculate_k", 3)) if not flags else ((),):
-            options = DecodeOptions(temperature=0, speculate_k=3 if drafting else 0)
-            notebook = hashfast.Session(model, tokenizer, 128, *how, options=options)
-            for text in ("The quick brown fox", "The quick brown fox jumps"):
-                wanted = run("--prompt", text, *flags, *drafting, prompt=()).json["text"]
-                assert notebook.generate(text, max_new_tokens=24) == wanted[0]
-    wanted = run("--prompt", "Hi", "--chat", *hashed, prompt=()).json["text"]
-    assert notebook.generate("Hi", 24, chat=True) == notebook.generate([{"role": "user", "content": "Hi"}], 24) == wanted[0]
+    settings = SparseSettings(32, sink=4, recent=8)
+    cases = [((), (), 0), (("--speculate", "self", *hashed[2:]), (encoders, settings), 3), (hashed, (encoders, settings), 0)]
+    for flags, how, k in cases:
+        notebook = hashfast.Session(model, tokenizer, 128, *how, options=DecodeOptions(temperature=0, speculate_k=k))
+        for text in ("The quick brown fox", "The quick brown fox jumps"):
+            (wanted,) = run("--prompt", text, *flags, prompt=()).json["text"]
+            assert notebook.generate(text, max_new_tokens=24) == wanted
+    (wanted,) = run("--prompt", "Hi", "--chat", *hashed, prompt=()).json["text"]
+    assert notebook.generate("Hi", 24, chat=True) == notebook.generate([{"role": "user", "content": "Hi"}], 24) == wanted
     with pytest.raises(UserError, match="a prompt of 128 tokens leaves no room in caches of 128"):
         notebook.generate("x" * 128)
 

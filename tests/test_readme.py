@@ -141,6 +141,18 @@ def test_commands(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             assert word in made or (ROOT / word).exists(), f"{word} is not there and nothing makes it"
 
 
+@pytest.mark.skipif(not (ROOT / "checkpoints" / "smollm2-135m-instruct").exists(), reason="needs scripts/quickstart.sh's model")
+def test_the_notebook_example_runs(tmp_path: Path) -> None:
+    """As it stands in README, on the real model and a short text, from a folder of its own."""
+    (code,) = blocks(README, "python")
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "alice29.txt").write_text("Alice was beginning to get very tired of sitting by her sister on the")
+    ran = subprocess.run([sys.executable, "-c", code.replace("max_new_tokens=64", "max_new_tokens=4")], cwd=tmp_path,
+                         capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert ran.returncode == 0 and ran.stdout.startswith(" couch. She was"), ran
+
+
 def test_the_example_runs(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                           capsys: pytest.CaptureFixture) -> None:
     """The selector of CONTRIBUTING, as it stands there, on a tiny model: it is what decodes, and it chooses what it says."""

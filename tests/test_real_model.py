@@ -1,11 +1,13 @@
 """SmolLM2-135M-Instruct on a real book: sane perplexity, and signatures that lose little of it."""
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from hashfast.common import WEIGHTS
 from hashfast.model import SparseSettings
 from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.decode import Decoder, prefill
@@ -15,7 +17,7 @@ from hashfast.runtime.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT, BOOK = ROOT / "checkpoints" / "smollm2-135m-instruct", ROOT / "data" / "alice29.txt"
-CONTEXT, LAST = 3072, 96
+CONTEXT, LAST, ROWS = 3072, 96, 4
 
 pytestmark = pytest.mark.skipif(not (CHECKPOINT.exists() and BOOK.exists()), reason="run scripts/quickstart.sh first")
 
@@ -27,39 +29,48 @@ def real():
     return model, torch.tensor(ids)
 
 
-def perplexity(real, encoders=None, settings=None) -> float:
-    model, ids = real
-    model.setup_caches(1, CONTEXT, encoders, settings)
-    decoder = Decoder(model, 1, Sampling(temperature=0), compiled=False)
-    prefill(model, ids[:-LAST], 1)
-    total = torch.zeros(())
-    for i in range(CONTEXT - LAST, CONTEXT - 1):
-        decoder.start(ids[i:i + 1], i)
+@torch.inference_mode()
+def likelihood(model, ids, settings=None) -> float:
+    """Mean log-likelihood of the last LAST tokens, a part of them in each of ROWS sequences whose prompts are cached."""
+    model.set_sparse(settings)
+    steps, total = LAST // ROWS, 0.0
+    starts = CONTEXT - LAST - 1 + steps * torch.arange(ROWS)
+    decoder = Decoder(model, ROWS, Sampling(temperature=0), compiled=False)
+    for i in range(steps):
+        decoder.start(ids[starts + i], starts + i)
         decoder.step()
-        total += decoder.logits[0].log_softmax(-1)[ids[i + 1]]
-    return (-total / (LAST - 1)).exp().item()
+        total += decoder.logits.log_softmax(-1).gather(-1, ids[starts + i + 1, None]).sum().item()
+    return total / LAST
 
 
-def test_perplexity_dense_learned_and_random(real):
-    dense = perplexity(real)
-    assert 15 < dense < 35
-    encoders, about = load_signatures(ROOT / "weights" / "smollm2-135m-instruct.safetensors", real[0].fingerprint())
-    assert about["recipe"] == "listwise"
+def test_perplexity_dense_learned_and_random(real, capsys):
+    model, ids = real
+    encoders, about = load_signatures(WEIGHTS / "smollm2-135m-instruct.safetensors", model.fingerprint())
+    assert about["recipe"] == "listwise" and about["model"]["norms"] == model.fingerprint().norms
+    assert capsys.readouterr().err == ""
     settings = SparseSettings(256, sink=64, recent=128)
-    learned = perplexity(real, encoders, settings)
-    random = perplexity(real, random_encoders(encoders[0].config, real[0].fingerprint()), settings)
-    assert learned / dense < 1.05
-    assert learned < random
+    model.setup_caches(ROWS, CONTEXT, encoders, settings)
+    prefill(model, ids, ROWS)
+    found = {"dense": likelihood(model, ids), "learned": likelihood(model, ids, settings)}
+    for layer, encoder in zip(model.layers, random_encoders(encoders[0].config, model.fingerprint()), strict=True):
+        cache = layer.attention.cache
+        layer.attention.encoder = encoder
+        cache.signatures.copy_(encoder.encode_keys(cache.k[:1]).expand_as(cache.signatures))
+    found["random"] = likelihood(model, ids, settings)
+    ratio = {name: math.exp(found["dense"] - value) for name, value in found.items()}
+    assert 15 < math.exp(-found["dense"]) < 35
+    assert ratio["learned"] < 1.05
+    assert ratio["learned"] < ratio["random"]
 
 
 def test_signatures_were_not_trained_on_the_evaluated_texts():
-    _, about = load_signatures(ROOT / "weights" / "smollm2-135m-instruct.safetensors",
+    _, about = load_signatures(WEIGHTS / "smollm2-135m-instruct.safetensors",
                                load_model(CHECKPOINT, "meta", torch.float32).fingerprint())
     evaluated = json.loads((ROOT / "results" / "quality_ppl.json").read_text())["rows"][0]["per_text"]
     assert not {Path(name).stem for name in about["data"]} & {*evaluated, BOOK.stem}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "weights").glob("*.safetensors")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(WEIGHTS.glob("*.safetensors")), ids=lambda path: path.stem)
 def test_shipped_signatures_say_how_they_came_to_be(path: Path):
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["hashfast"])

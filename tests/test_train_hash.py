@@ -13,8 +13,6 @@ from hashfast.hash_attention import HashConfig
 from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.signatures import load_signatures, random_encoders, save_signatures
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WORDS = "river stone cloud lamp table window garden winter letter captain silver morning forest answer bread".split()
 
 

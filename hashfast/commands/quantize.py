@@ -1,13 +1,10 @@
-"""Make a checkpoint smaller: its linear layers in 8 or 4 bits, in a folder that every command here loads like any other.
+"""Make a checkpoint smaller: its linear layers in 8 bits, in a folder that every command here loads like any other.
 
-    python -m hashfast quantize --checkpoint_path checkpoints/llama --out checkpoints/llama-int8 --mode int8
-    python -m hashfast quantize --checkpoint_path checkpoints/llama --out checkpoints/llama-int4 --mode int4 --data books/*.txt
+    python -m hashfast quantize --checkpoint_path checkpoints/llama --out checkpoints/llama-int8 --data books/*.txt
 
-int8: every linear layer, one scale per output. int4: the same layers in groups of --groupsize inputs with a scale and a zero
-each; the output layer stays int8. Embedding, norms and biases stay as they are; where the embedding is also the output
-layer, the folder holds an int8 copy for the output. quant_linear.py has the formats. Weights are rounded to the nearest value,
-without calibration; --data measures what that does to the perplexity of texts. A checkpoint that was 4-bit before, as one
-converted from such a GGUF file, may survive int4 unharmed because its weights are on that grid: a note says so.
+Every linear layer has one scale per output (ops/quant_linear.py). Embedding, norms and biases stay as they are; where the
+embedding is also the output layer, the folder holds an int8 copy for the output. Weights are rounded to the nearest value,
+without calibration; --data measures what that does to the perplexity of texts.
 """
 import argparse
 import contextlib
@@ -26,7 +23,7 @@ from tqdm import tqdm
 
 from hashfast.common import Parser, UserError, check_device, default_device
 from hashfast.model import Transformer
-from hashfast.ops.quant_linear import GROUPSIZES, Quantization, is_int8, quantize_int4, quantize_int8
+from hashfast.ops.quant_linear import quantize_int8
 from hashfast.runtime.checkpoint import QUANT_METHOD, load_model, load_quantization, plan_loading, read_tensors
 from hashfast.runtime.prompts import read_text
 from hashfast.runtime.tokenizer import Tokenizer
@@ -90,68 +87,41 @@ def check_folders(source: Path, out: Path) -> None:
         raise UserError(f"{source} is quantised already; give the model's original folder")
 
 
-def check_groupsize(model: nn.Module, quantization: Quantization) -> None:
-    """Every int4 layer's inputs must be whole groups."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and name != "output" and layer.in_features % quantization.groupsize:
-            fits = [str(size) for size in GROUPSIZES if layer.in_features % size == 0]
-            advice = f"give --groupsize {' or '.join(fits)}" if fits else "use --mode int8"
-            raise UserError(f"--groupsize {quantization.groupsize} does not divide the {layer.in_features} inputs of {name}; "
-                            f"{advice}")
-
-
-def quantize_folder(source: Path, out: Path, quantization: Quantization, device: str) -> tuple[int, int, int]:
-    """Write the quantised model. -> bytes written, int4 weights, and how many of those were on a 4-bit grid before."""
+def quantize_folder(source: Path, out: Path, device: str) -> int:
+    """Write the quantised model. -> bytes written."""
     model, places, files = plan_loading(source)
-    layers = {f"{name}.weight": name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    weights = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     tied = "lm_head.weight" not in places
-    int4 = coarse = 0
     with atomic_folder(out) as beside:
-        copy_small_files(source, beside, quantization)
+        copy_small_files(source, beside)
         writer = ShardWriter(beside)
         for tensors, name in read_tensors(places, files, "quantising"):
             tensor = tensors.get_tensor(name)
-            layer = layers.get(places[name].parameter)
-            if layer is None:
-                writer.add(name, tensor)
+            if places[name].parameter in weights:
+                writer.add_all(quantized_tensors(name, tensor.to(device)))
             else:
-                writer.add_all(quantized_tensors(name, layer, tensor.to(device), quantization))
-                if not is_int8(layer, quantization):
-                    int4, coarse = int4 + 1, coarse + is_coarse(tensor)
+                writer.add(name, tensor)
             if tied and name == "model.embed_tokens.weight":
-                writer.add_all(quantized_tensors("lm_head.weight", "output", tensor.to(device), quantization))
+                writer.add_all(quantized_tensors("lm_head.weight", tensor.to(device)))
         writer.flush()
-    return writer.bytes, int4, coarse
+    return writer.bytes
 
 
-def quantized_tensors(name: str, layer: str, weight: Tensor, quantization: Quantization) -> dict[str, Tensor]:
-    """The tensors that take the place of `name`, a weight [out, in] (or some rows of it) of the linear layer called `layer`."""
+def quantized_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """The tensors that take the place of `name`, a weight [out, in] or some rows of it."""
     if not weight.isfinite().all():
         raise UserError(f"tensor {name} holds values that are not finite; the checkpoint is damaged, download it again")
-    if is_int8(layer, quantization):
-        kinds = ("weight", "scale")
-        values = quantize_int8(weight)
-    else:
-        kinds = ("weight", "scale", "zero")
-        values = quantize_int4(weight, quantization.groupsize)
-    return {name.removesuffix("weight") + kind: value for kind, value in zip(kinds, values, strict=True)}
+    q, scale = quantize_int8(weight)
+    return {name: q, f"{name.removesuffix('weight')}scale": scale}
 
 
-def is_coarse(weight: Tensor) -> bool:
-    """Whether every 32 inputs in a row of weight [out, in] have at most 16 values, as in a model that was 4-bit before."""
-    blocks = weight[:64].float().unflatten(1, (-1, 32)).sort(dim=-1).values
-    return bool((blocks.diff(dim=-1) != 0).sum(dim=-1).max() < 16)
-
-
-def copy_small_files(source: Path, target: Path, quantization: Quantization) -> None:
+def copy_small_files(source: Path, target: Path) -> None:
     """All but the weights, with the marker of the quantisation in config.json."""
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_FILES):
             shutil.copyfile(path, target / path.name)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    marker = {"quant_method": QUANT_METHOD, "mode": quantization.mode}
-    if quantization.mode == "int4":
-        marker["groupsize"] = quantization.groupsize
+    marker = {"quant_method": QUANT_METHOD, "mode": "int8"}
     text = json.dumps(config | {"quantization_config": marker}, indent=2, ensure_ascii=False)
     (target / "config.json").write_text(text + "\n", encoding="utf-8")
 
@@ -201,16 +171,13 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="folder with config.json and safetensors")
     add("--out", type=Path, required=True, help="the folder to make")
-    add("--mode", choices=("int8", "int4"), required=True)
-    add("--groupsize", type=int, choices=GROUPSIZES, help="inputs that share a scale and a zero, int4 alone (default 32)")
+    add("--mode", choices=("int8",), default="int8")
     add("--data", type=Path, nargs="+", default=[], help="text files: print their perplexity before and after")
     add("--windows", type=int, default=2, help=f"windows of {WINDOW} tokens that are read of each text (default 2)")
     add("--device", default=default_device())
     add("--precision", choices=("float32", "bfloat16"),
         help="of the perplexity; default: bfloat16 on a GPU, float32 on a CPU")
     options = parser.parse_args()
-    if options.mode == "int8" and options.groupsize is not None:
-        raise UserError("--groupsize is of int4; leave it out, int8 has one scale per output")
     if options.windows < 1:
         raise UserError(f"--windows {options.windows} is out of range; it must be at least 1")
     check_device(options.device)
@@ -222,21 +189,15 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     source, out = options.checkpoint_path, options.out
-    quantization = Quantization(options.mode, options.groupsize or 32)
     check_folders(source, out)
-    model, _, files = plan_loading(source)
-    if options.mode == "int4":
-        check_groupsize(model, quantization)
+    _, _, files = plan_loading(source)
     dtype = getattr(torch, options.precision)
     windows = read_windows(source, options.data, options.windows) if options.data else []
     before = measure(source, windows, options.device, dtype, "before") if windows else None
-    size, int4, coarse = quantize_folder(source, out, quantization, options.device)
+    size = quantize_folder(source, out, options.device)
     was = sum(path.stat().st_size for path in files)
     print(f"{out} is ready: {was / 1e9:.2f} GB before, {size / 1e9:.2f} GB now")
     if before is not None:
         after = measure(out, windows, options.device, dtype, "after")
         print(f"perplexity {before:.4f} before, {after:.4f} now, ratio {after / before:.4f} "
               f"({sum(map(len, windows)) - len(windows)} tokens, {options.precision})")
-    if coarse:
-        print(f"note: {coarse} of {int4} int4 weights had at most 16 values in every 32 inputs before: they were 4-bit "
-              "already, so what is lost here says nothing about int4 of an original model")

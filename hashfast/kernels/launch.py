@@ -1,7 +1,8 @@
 """What every kernel launch shares: which path it takes, programmatic dependent launch, how rows are split, checks of strides.
 
-Each kernel of a decode step exists in plain Triton: the portable path. Files *_ptx.py hold faster forms of some by inline PTX
-for NVIDIA GPUs from Ampere on. They run unless HASHFAST_PORTABLE=1 is set, for whoever edits a kernel or compares.
+Each kernel of a decode step exists in plain Triton: the portable path. On NVIDIA GPUs from Ampere on some have a faster form
+with inline PTX: files *_ptx.py, the bit operations of quant_linear.py, the prefetch of select.py. HASHFAST_PORTABLE=1 turns
+these off, for whoever edits a kernel or compares.
 Triton's interpreter (TRITON_INTERPRET=1, set before triton is imported) runs the portable path on CPU tensors.
 
 The functions that launch kernels are torch.library custom ops: torch.compile(fullgraph=True) keeps each whole, and a CUDA graph

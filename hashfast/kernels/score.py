@@ -200,7 +200,7 @@ def readable_tokens(signatures: Tensor) -> int:
 
 
 def launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, selection: Selection, n_blocks: int, *,
-                 chunk: int = CHUNK, num_warps: int | None = None) -> tuple[Tensor, Tensor]:
+                 chunk: int = CHUNK, num_warps: int = 2) -> tuple[Tensor, Tensor]:
     """planes int32 [B, Hs, 1 + P, W], signatures int32 [B, Hs, S, W], seq_lens int32 [B]
     -> bins uint8 [B * Hs, S rounded up] and counts uint16 [B * Hs, 1 + 8, n_blocks rounded up, 8].
     """
@@ -211,11 +211,10 @@ def launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, selection
     bins = torch.empty((B * HEADS, bins_row), dtype=torch.uint8, device=planes.device)
     blocks = triton.next_power_of_2(n_blocks)
     counts = torch.empty((B * HEADS, 1 + 8, blocks, 8), dtype=torch.uint16, device=planes.device)
-    plain = portable(planes.device)
     _score_kernel[(n_blocks, B * HEADS)](
         planes.contiguous(), checked_rows(signatures), seq_lens, bins, counts, selection.budgets, selection.budget, selection.K,
         selection.sink, selection.recent, readable_tokens(signatures), *signatures.stride()[:3], bins_row,
         HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=selection.shift, PER_HEAD=selection.budgets is not None, BLOCKS=blocks,
-        EARLY=selection.recent >= 1, CHUNK=chunk, PORTABLE=plain, num_warps=num_warps or (4 if plain else 2),
-        **pdl_options(planes.device))
+        EARLY=selection.recent >= 1, CHUNK=chunk, PORTABLE=portable(planes.device),
+        num_warps=num_warps, **pdl_options(planes.device))
     return bins, counts

@@ -23,7 +23,7 @@ def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tenso
     if not portable(q.device) and can_launch_registers(q, k_cache, v_cache, indices):
         return launch_registers(q, k_cache, v_cache, indices, scale)
     B, HEADS, K = indices.shape
-    return launch_tiles(q, k_cache, v_cache, indices, scale, **tile_parameters(B * HEADS, K, q.element_size()))
+    return launch_tiles(q, k_cache, v_cache, indices, scale, **tile_parameters(B * HEADS, K, q.shape[2], q.element_size()))
 
 
 @sparse_attention.register_fake
@@ -31,9 +31,10 @@ def _(q, k_cache, v_cache, indices, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-def tile_parameters(rows: int, K: int, element_size: int) -> dict[str, int]:
-    block_k = 64 if element_size <= 2 else 32
-    return {"block_k": block_k, "n_splits": splits_per_row(512, rows, triton.cdiv(K, block_k)), "num_warps": 2, "num_stages": 2}
+def tile_parameters(rows: int, K: int, D: int, element_size: int) -> dict[str, int]:
+    block_k, num_warps = (64, 2 if D <= 128 else 4) if element_size <= 2 else (32, 8)  # fewer warps would spill registers
+    return {"block_k": block_k, "n_splits": splits_per_row(512, rows, triton.cdiv(K, block_k)), "num_warps": num_warps,
+            "num_stages": 2}
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Linear layers of a decode step with prologue (RMSNorm) and epilogue (gate, residual).
 
 Plain PyTorch on a CPU, for prompts, and for other dtypes; one fused Triton kernel each for up to 16 rows in bfloat16 on a GPU
-(kernels/linear.py). Quantised layers have their own (kernels/quant_linear.py), fused for one row alone.
+(kernels/linear.py). int8 layers have their own (kernels/quant_linear.py), fused for one row alone.
 
 Symbols: K inputs, N outputs.
 """

@@ -21,7 +21,6 @@ from torch import Tensor
 from hashfast.common import ROOT
 from hashfast.hash_attention import HashConfig, HashEncoder
 from hashfast.model import SparseSettings, Transformer
-from hashfast.ops.quant_linear import Quantization
 from hashfast.research.report import print_table
 from hashfast.runtime import distributed, tensor_parallel
 from hashfast.runtime.checkpoint import load_model, load_quantization, random_model
@@ -129,15 +128,14 @@ def decode_rows(preset: str, shapes: list[tuple[int, int]], modes: list[str], sp
                 nccl: bool = False) -> Iterator[dict]:
     """Rows of bench_decode for each (batch, context) and of `modes` "dense" and "hash".
 
-    preset: random weights, of `quantize` "int8" or "int4"; checkpoint: a folder instead. warm: start the first shape again in a
+    preset: random weights, of `quantize` "int8"; checkpoint: a folder instead. warm: start the first shape again in a
     second process. nccl: all-reduce by NCCL. compile_s of the first row is a cold start where Inductor's cache is empty.
     """
     if checkpoint is not None:
         name, model, quantization = (checkpoint.resolve().name, load_model(checkpoint, "cuda", torch.bfloat16),
                                      load_quantization(checkpoint))
     else:
-        quantization = Quantization(quantize) if quantize else None
-        name, model = preset, random_model(preset, "cuda", torch.bfloat16, quantization=quantization)
+        name, model, quantization = preset, random_model(preset, "cuda", torch.bfloat16, quantization=quantize), quantize
     bandwidth = copy_bandwidth()
     if distributed.world_size() > 1 and not nccl:
         distributed.use_one_shot(max(batch for batch, _ in shapes) * model.args.dim, torch.bfloat16)
@@ -145,7 +143,7 @@ def decode_rows(preset: str, shapes: list[tuple[int, int]], modes: list[str], sp
         for mode in modes:
             with skip_on_oom(f"{batch} x {context} {mode}"):
                 row = bench_decode(model, name, batch, context, mode, sparsity, bandwidth, steps)
-                row |= {"weights": quantization.mode if quantization is not None else "bfloat16", "warm_start_s": None}
+                row |= {"weights": quantization or "bfloat16", "warm_start_s": None}
                 if warm and distributed.world_size() == 1 and (batch, context) == shapes[0]:
                     release(model)  # the second process needs room
                     source = ["--checkpoint_path", str(checkpoint)] if checkpoint is not None else ["--model", preset]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from hashfast.common import UserError
 from hashfast.model import ModelArgs, RopeScaling, Transformer
-from hashfast.ops.quant_linear import GROUPSIZES, Quantization, swap_linears
+from hashfast.ops.quant_linear import swap_linears
 from hashfast.runtime import distributed, tensor_parallel
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -75,7 +75,7 @@ FIXED_BY_TYPE: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 QUANTISED = ("quantization_config", "quantization", "compression_config")
 QUANT_METHOD = "hashfast"  # the quant_method of quantization_config in what `hashfast quantize` writes
-INTEGER_TYPES = {torch.int8: "I8", torch.int32: "I32"}
+INTEGER_TYPES = {torch.int8: "I8"}
 
 # What load_args reads or checks by itself.
 SHAPE = frozenset("""
@@ -259,24 +259,21 @@ def _refuse_unsupported(config: Fields, kind: str) -> None:
                             "delete it from the file")
 
 
-def load_quantization(folder: str | Path) -> Quantization | None:
-    """How `hashfast quantize` made the model in `folder`; None where it did not. Raises UserError."""
+def load_quantization(folder: str | Path) -> str | None:
+    """int8 where `hashfast quantize` made the model in `folder`, else None. Raises UserError."""
     path = Path(folder) / "config.json"
     return _quantization(Fields(_read_json(path), str(path)))
 
 
-def _quantization(config: Fields) -> Quantization | None:
+def _quantization(config: Fields) -> str | None:
     if config.mapping("quantization_config").get("quant_method") != QUANT_METHOD:
         return None
     fields = Fields(config.mapping("quantization_config"), f"{config.where}, quantization_config")
     mode = fields.values.get("mode")
-    if mode == "int8":
-        return Quantization(mode)
-    if mode != "int4":
-        raise fields.error("mode", "must be int8 or int4")
-    if (groupsize := fields.whole("groupsize")) not in GROUPSIZES:
-        raise fields.error("groupsize", f"must be one of {', '.join(map(str, GROUPSIZES))}")
-    return Quantization(mode, groupsize)
+    if mode != "int8":
+        raise fields.error("mode", "must be int8 (int4 was removed after commit 7388dfa); run `hashfast quantize` on the "
+                           "original model")
+    return mode
 
 
 def _sliding_window(config: Fields, kind: str, n_layer: int) -> int | None:
@@ -400,21 +397,23 @@ def read_tensors(places: dict[str, Place], files: list[Path], task: str) -> Iter
                         progress.update()
 
 
-def _refuse_ranks(quantization: Quantization | None) -> None:
+def _refuse_ranks(quantization: str | None) -> None:
     if quantization is not None and distributed.world_size() > 1:
-        raise UserError(f"{quantization.mode} weights are not shared out over {distributed.world_size()} ranks; start one, or "
+        raise UserError(f"{quantization} weights are not shared out over {distributed.world_size()} ranks; start one, or "
                         "use the original model")
 
 
 def random_model(preset: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16,
-                 seed: int = 0, quantization: Quantization | None = None) -> Transformer:
+                 seed: int = 0, quantization: str | None = None) -> Transformer:
     """A model of random weights in the shape of `preset` (one of PRESETS): normal of deviation 0.02, norms 1.
 
-    Quantised weights are random integers, with scales that give the same deviation around 0. The same seed gives the same
+    quantization "int8": random integers, with scales that give the same deviation around 0. The same seed gives the same
     weights on the same kind of device, and each rank weights of its own. Raises UserError.
     """
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; use one of {', '.join(PRESETS)}")
+    if quantization not in (None, "int8"):
+        raise UserError(f"unknown quantization {quantization!r}; use int8")
     device = _device(device)
     _refuse_ranks(quantization)
     model = _meta_model(tensor_parallel.shard_args(PRESETS[preset], distributed.world_size()), quantization)
@@ -425,12 +424,8 @@ def random_model(preset: str, device: str | torch.device = "cpu", dtype: torch.d
             parameter.fill_(1.0)
         elif parameter.dtype == torch.int8:
             parameter.random_(-127, 128, generator=generator)
-        elif parameter.dtype == torch.int32:
-            parameter.random_(-2 ** 31, 2 ** 31, generator=generator)
         elif name.endswith("scale"):  # uniform integers deviate by their range / sqrt 12
-            parameter.fill_(0.02 / (73.6 if parameter.dim() == 1 else 4.6))
-        elif name.endswith("zero"):
-            parameter.fill_(-7.5 * 0.02 / 4.6)
+            parameter.fill_(0.02 / 73.6)
         else:
             parameter.normal_(0.0, 0.02, generator=generator)
     return tensor_parallel.parallelize(model)
@@ -449,12 +444,12 @@ def _device(device: str | torch.device) -> torch.device:
     return device
 
 
-def _meta_model(args: ModelArgs, quantization: Quantization | None = None) -> Transformer:
+def _meta_model(args: ModelArgs, quantization: str | None = None) -> Transformer:
     """The model without storage. Its parameters want no gradient: this project trains encoders beside frozen models."""
     with torch.device("meta"):
         model = Transformer(args).requires_grad_(False).eval()
     if quantization is not None:
-        swap_linears(model, quantization)
+        swap_linears(model)
     return model
 
 
@@ -517,10 +512,9 @@ def _places(model: Transformer) -> dict[str, Place]:
         places[theirs + "mlp.up_proj.weight"] = Place(ours + "feed_forward.w13.weight", ffn, ffn)
         places[theirs + "mlp.down_proj.weight"] = Place(ours + "feed_forward.w2.weight", 0, args.dim)
     parameters = dict(model.named_parameters())
-    for name, place in list(places.items()):  # what a quantised weight has beside it, row for row
-        for kind in ("scale", "zero"):
-            if (parameter := f"{place.parameter.removesuffix('weight')}{kind}") in parameters:
-                places[f"{name.removesuffix('weight')}{kind}"] = Place(parameter, place.start, place.rows)
+    for name, place in list(places.items()):  # what an int8 weight has beside it, row for row
+        if (parameter := f"{place.parameter.removesuffix('weight')}scale") in parameters:
+            places[f"{name.removesuffix('weight')}scale"] = Place(parameter, place.start, place.rows)
     return places
 
 

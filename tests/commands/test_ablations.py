@@ -2,12 +2,8 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from hashfast.commands import ablations
 from hashfast.research.ablations import RATIOS, VARIANTS
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORDS = "river stone cloud lamp table window garden winter letter captain".split()
 

@@ -9,8 +9,6 @@ from eval_inputs import PROSE
 
 from hashfast.commands import eval
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def run(in_process: Callable[..., Ran], tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., Ran]:

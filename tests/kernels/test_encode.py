@@ -21,6 +21,7 @@ from kernel_inputs import (  # noqa: E402
 
 from hashfast import hash_attention as reference  # noqa: E402
 from hashfast.hash_attention import HashConfig  # noqa: E402
+from hashfast.kernels import encode  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -48,6 +49,13 @@ def test_norms_of_queries_and_keys(config, T, D, dtype):
     """Of heads whose size differs by orders of magnitude, one of them 0."""
     check(config, T, D, dtype, (normal(D, dtype=dtype), 1 + normal(D, dtype=dtype), 1e-5),
           torch.tensor([1.0, 30.0, 0.01, 1.0, 0.0, 1.0, 5.0, 0.1, 1.0, 1.0], dtype=dtype, device=DEVICE))
+
+
+def test_the_operator_with_norms_is_well_formed():
+    caches, seq_lens = (normal(1, 1, 8, 16), normal(1, 1, 8, 16)), lengths(5)
+    torch.library.opcheck(encode.rope_encode_append, (
+        normal(1, 1, 3 * 16), *angles(seq_lens, 1, 16), None, None, None, None, *caches, None, seq_lens, 0, 0, normal(16),
+        normal(16), 1e-6), test_utils=("test_schema", "test_faketensor"))
 
 
 def check(config, T, D, dtype, norms=None, sizes=None):

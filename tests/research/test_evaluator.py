@@ -11,8 +11,6 @@ from hashfast.research.evaluator import DecodeEvaluator
 from hashfast.research.selectors import SELECTORS
 from hashfast.runtime.decode import prefill
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def files(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:

@@ -24,7 +24,6 @@ from hashfast.research.harness import DecodeLM, lm  # noqa: E402
 CONTEXT = 128
 LONG = "".join(chr(97 + i * i % 26) for i in range(300))  # one token a letter
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(checkpoint: Path, *selectors: str) -> EvalConfig:

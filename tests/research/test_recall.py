@@ -13,8 +13,6 @@ from hashfast.research.selectors import SELECTORS
 from hashfast.research.training import attention_weights
 from hashfast.runtime.signatures import random_encoders
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("share", ["kv", "query"])
 def test_recall_grows_with_the_budget_to_all(share: str) -> None:

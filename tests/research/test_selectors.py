@@ -29,8 +29,6 @@ from hashfast.research.selectors import (
 )
 from hashfast.runtime.signatures import load_signatures, random_encoders, save_signatures
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 B, HQ, HKV, S, D = 2, 6, 2, 200, 32
 SINK, RECENT, BUDGET = 4, 10, 40
 ARGS = ModelArgs(1, HQ * D, HQ, HKV, D, 8, 10, 1e-5, 1e4)

@@ -22,8 +22,6 @@ from hashfast.research.training import (
 from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.signatures import random_encoders, round_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def trained(recipe: str, seed: int = 0, steps: int = 80, device: str = "cpu", **config) -> tuple[HashEncoder, list[float]]:
     queries, keys = zip(*([x.to(device) for x in structured(s)] for s in range(3)), strict=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Ran
+from conftest import COMPILED, GPU, Ran
 
 from hashfast.hash_attention import HashConfig
 from hashfast.model import ModelArgs, SparseSettings
@@ -17,9 +17,6 @@ from hashfast.runtime.tokenizer import Tokenizer
 
 IDS = [[7], [72, 101, 108, 108, 111, 32, 119], list(range(40, 80))]
 HASH = ("--attention", "hash", "--budget", 16, "--sink", 4, "--recent", 4)
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -47,7 +44,7 @@ def alone(run: Callable[..., Ran], ids: list[int], *flags: object, **how: tuple)
 # --------------------------------------------------------------------------------------------------------------- tokens
 
 @pytest.mark.parametrize("flags", [
-    (), HASH, ("--compile",), (*HASH, "--sparse_tail", 5), ("--prefill_chunk", 9),
+    (), HASH, ("--compile", "--max_seq_length", COMPILED["length"]), (*HASH, "--sparse_tail", 5), ("--prefill_chunk", 9),
 ])
 def test_tokens_equal_those_of_each_prompt_alone(flags: tuple, run: Callable[..., Ran], write: Callable[..., Path]) -> None:
     flags = (*flags, "--ignore_eos")
@@ -57,13 +54,14 @@ def test_tokens_equal_those_of_each_prompt_alone(flags: tuple, run: Callable[...
     assert [len(tokens) for tokens in batch] == [24, 24, 24] and len(set(map(tuple, batch))) == 3
 
 
-def test_eight_prompts_of_1k_to_32k(run: Callable[..., Ran], write: Callable[..., Path],
-                                    checkpoint_copy: Callable[..., Path]) -> None:
-    """At one budget, in float32."""
+def test_eight_prompts_of_very_different_lengths(run: Callable[..., Ran], write: Callable[..., Path],
+                                                 checkpoint_copy: Callable[..., Path]) -> None:
+    """32 to 1, at one budget, in float32; the shortest is shorter than the budget, the longest is read in several chunks."""
     model = ("--checkpoint_path", checkpoint_copy(max_position_embeddings=2 ** 16))
     random = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(256, (1024 * length,), generator=random).tolist() for length in (32, 1, 24, 2, 16, 4, 12, 8)]
-    flags = ("--attention", "hash", "--budget", 1024, "--ignore_eos")
+    unit = 1024 if GPU else 160
+    prompts = [torch.randint(256, (unit * length,), generator=random).tolist() for length in (32, 1, 24, 2, 16, 4, 12, 8)]
+    flags = ("--attention", "hash", "--budget", 1024 if GPU else 224, "--ignore_eos")
     batch = run("--prompts", write(*({"ids": ids} for ids in prompts)), *flags, model=model).tokens
     assert batch == [run("--prompts", write({"ids": ids}), *flags, model=model).tokens[0] for ids in prompts]
     assert len(set(map(tuple, batch))) > 1
@@ -121,10 +119,14 @@ def test_a_finished_sequence_stays_as_it_is(hashed: bool, tiny_checkpoint: Path)
             assert not buffer[0, :, 7 + end + 1:].any()
 
 
-def test_no_recompilation_between_ragged_starts(tiny_checkpoint: Path) -> None:
-    """Of a compiled hash step; it gives the tokens of each prompt alone, not compiled."""
+@pytest.mark.parametrize("attention", ["dense", "hash"])
+def test_no_recompilation_between_ragged_starts(attention: str, tiny_checkpoint: Path) -> None:
+    """Of a compiled step; it gives the tokens of each prompt alone, not compiled."""
     model = load_model(tiny_checkpoint, "cpu", torch.float32)
-    hashed = random_encoders(HashConfig(), model.fingerprint()), SparseSettings(16, sink=4, recent=4)
+    hashed = ()
+    if attention == "hash":
+        settings = SparseSettings(COMPILED["budget"], COMPILED["sink"], COMPILED["recent"])
+        hashed = random_encoders(HashConfig(), model.fingerprint()), settings
 
     def greedy(decoder: Decoder, prompts: list[list[int]]) -> list[list[int]]:
         with torch.inference_mode():
@@ -135,8 +137,8 @@ def test_no_recompilation_between_ragged_starts(tiny_checkpoint: Path) -> None:
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    model.setup_caches(3, 96, *hashed)
-    decoder = Decoder(model, 3, Sampling(temperature=0), compiled=True)
+    model.setup_caches(COMPILED["batch"], COMPILED["length"], *hashed)
+    decoder = Decoder(model, COMPILED["batch"], Sampling(temperature=0), compiled=True)
     decoder.prepare()
     assert counters["stats"]["unique_graphs"] == 3
     batches = [IDS, [IDS[2], IDS[0], IDS[1]], [IDS[2] + IDS[1], IDS[1] * 3, [5]]]

@@ -27,6 +27,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied-llama3": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3 | {"rope_theta": 500000.0}}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16}),
     "qwen2": ("Qwen2", {}),
+    "llama-biased": ("Llama", {"attention_bias": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
 }
 # A config.json as the Hub has them (transformers 4), of a model small enough to save.
@@ -69,7 +71,10 @@ def assert_equal(model: torch.nn.Module, tensors: dict[str, torch.Tensor], dtype
         for kind in ("weight", "bias"):
             if f"{hf}self_attn.q_proj.{kind}" in tensors:
                 expected[f"{ours}attention.wqkv.{kind}"] = torch.cat([tensors[f"{hf}self_attn.{x}_proj.{kind}"] for x in "qkv"])
-        expected[f"{ours}attention.wo.weight"] = tensors[f"{hf}self_attn.o_proj.weight"]
+        for theirs, name in (("o_proj.weight", "wo.weight"), ("o_proj.bias", "wo.bias"), ("q_norm.weight",) * 2,
+                             ("k_norm.weight",) * 2):
+            if f"{hf}self_attn.{theirs}" in tensors:
+                expected[f"{ours}attention.{name}"] = tensors[f"{hf}self_attn.{theirs}"]
         expected[f"{ours}feed_forward.w13.weight"] = torch.cat([tensors[f"{hf}mlp.{x}_proj.weight"] for x in ("gate", "up")])
         expected[f"{ours}feed_forward.w2.weight"] = tensors[f"{hf}mlp.down_proj.weight"]
         expected[f"{ours}attention_norm.weight"] = tensors[f"{hf}input_layernorm.weight"]

@@ -45,7 +45,7 @@ def test_temperature_zero_is_greedy():
 
 
 @pytest.mark.parametrize("n", [127, 128, 1280])
-def test_largest_is_argmax(n):
+def test_argmax(n):
     x = torch.randn(3, 5, n)
     x[0, 0] = 1.0  # the first of equals
     assert torch.equal(argmax(x), x.argmax(dim=-1))
