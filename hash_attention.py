@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hashfast.common import UserError
+from hashfast.ops.linear import rms_norm
 
 NUM_BINS = 64
 
@@ -318,12 +319,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope_encode_append_reference(qkv: Tensor, cos: Tensor, sin: Tensor, encoder: HashEncoder | None, k_cache: Tensor,
-                                 v_cache: Tensor, signatures: Tensor | None, seq_lens: Tensor) -> tuple[Tensor, Tensor | None]:
+                                 v_cache: Tensor, signatures: Tensor | None, seq_lens: Tensor,
+                                 norms: tuple[Tensor, Tensor, float] | None = None) -> tuple[Tensor, Tensor | None]:
     """What a decode step does before it attends: RoPE, signatures, and the newest T rows of each sequence into the cache.
 
     qkv [B, T, (Hq + 2 Hkv) D] (all query heads, then keys, then values), cos and sin float32 [B, T, D / 2], k_cache and
     v_cache [B, Hkv, S, D], signatures int32 [B, Hs, S, W] (None without an encoder), seq_lens int32 [B], the T tokens
-    included. Rows seq_lens - T .. seq_lens are written in place.
+    included. Rows seq_lens - T .. seq_lens are written in place. norms: RMSNorm of every head's q and k before RoPE (Qwen3),
+    as the weights [D] of both and eps.
     -> q after RoPE [B, T, Hq, D], planes int32 [B, Hs, 1 + P, W] of the query; None without an encoder or where T > 1, as
     only a single query selects.
     """
@@ -331,6 +334,9 @@ def rope_encode_append_reference(qkv: Tensor, cos: Tensor, sin: Tensor, encoder:
     Hkv, D = k_cache.shape[1], k_cache.shape[3]
     heads = qkv.unflatten(-1, (-1, D))  # [B, T, Hq + 2 Hkv, D]
     q, k, v = heads.split((heads.shape[2] - 2 * Hkv, Hkv, Hkv), dim=2)
+    if norms is not None:
+        q_norm, k_norm, eps = norms
+        q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     batch = torch.arange(B, device=qkv.device)[:, None]
     row = seq_lens[:, None] - T + torch.arange(T, device=qkv.device)  # [B, T]
@@ -345,16 +351,20 @@ def rope_encode_append_reference(qkv: Tensor, cos: Tensor, sin: Tensor, encoder:
 # -------------------------------------------------------------------------------------------------------------- dispatch
 
 def rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, encoder: HashEncoder | None, k_cache: Tensor, v_cache: Tensor,
-                       signatures: Tensor | None, seq_lens: Tensor) -> tuple[Tensor, Tensor | None]:
+                       signatures: Tensor | None, seq_lens: Tensor,
+                       norms: tuple[Tensor, Tensor, float] | None = None) -> tuple[Tensor, Tensor | None]:
     """`rope_encode_append_reference`, by one Triton kernel where the tensors are on a GPU and the encoder is linear."""
     if not qkv.is_cuda or encoder is not None and encoder.config.depth > 1:
-        return rope_encode_append_reference(qkv, cos, sin, encoder, k_cache, v_cache, signatures, seq_lens)
+        return rope_encode_append_reference(qkv, cos, sin, encoder, k_cache, v_cache, signatures, seq_lens, norms)
     from hashfast.kernels import encode
+    norms = norms or (None, None, 0.0)
     if encoder is None:
-        return encode.rope_encode_append(qkv, cos, sin, None, None, None, None, k_cache, v_cache, None, seq_lens, 0, 0)[0], None
+        return encode.rope_encode_append(qkv, cos, sin, None, None, None, None, k_cache, v_cache, None, seq_lens, 0, 0,
+                                         *norms)[0], None
     (key,), (query,) = encoder.key, encoder.query
-    q, planes = encode.rope_encode_append(qkv, cos, sin, key.weight, key.bias, query.weight, query.bias, k_cache, v_cache,
-                                          signatures, seq_lens, encoder.config.query_bits, encoder.config.planes(encoder.group))
+    q, planes = encode.rope_encode_append(
+        qkv, cos, sin, key.weight, key.bias, query.weight, query.bias, k_cache, v_cache, signatures, seq_lens,
+        encoder.config.query_bits, encoder.config.planes(encoder.group), *norms)
     return q, planes if qkv.shape[1] == 1 else None
 
 

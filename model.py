@@ -1,4 +1,4 @@
-"""Llama, Mistral and Qwen2 in one file: a decoder whose decode step may attend to the tokens that signatures choose.
+"""Llama, Mistral, Qwen2 and Qwen3 in one file: a decoder whose decode step may attend to the tokens that signatures choose.
 
 Two ways through the model:
     prefill   one sequence's prompt, in chunks of host-known position; dense attention; fills K, V and signatures
@@ -49,6 +49,7 @@ class ModelArgs:
     """The shape of a model; runtime/checkpoint.py reads it from config.json.
 
     max_position: the context length that the model was made for.  sliding_window: None where attention is full.
+    qkv_bias, out_bias: of the projections into and out of attention.  qk_norm: RMSNorm of each head's q and k before RoPE.
     ranks: processes that share the model (runtime/tensor_parallel.py); n_head, n_kv_head and intermediate_size are then of
     one of them.
     """
@@ -65,6 +66,8 @@ class ModelArgs:
     max_position: int = 0
     sliding_window: int | None = None
     qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
     tie_embeddings: bool = False
     ranks: int = 1
 
@@ -178,7 +181,9 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = args.n_head, args.n_kv_head, args.head_dim
         self.wqkv = nn.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim, bias=args.qkv_bias)
-        self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
+        self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=args.out_bias)
+        self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else None
+        self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else None
         self.encoder: HashEncoder | None = None
         self.cache: KVCache | None = None
         self.sparse: SparseSettings | None = None
@@ -189,13 +194,16 @@ class Attention(nn.Module):
         """x [B, T, d] -> q [B, T, Hq, D], k and v [B, Hkv, T, D]; q and k after RoPE."""
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, Hq + 2 Hkv, D]
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
 
     def decode(self, qkv: Tensor, cos: Tensor, sin: Tensor, seq_lens: Tensor) -> Tensor:
         """Append and attend at device-known lengths. qkv as wqkv gives it [B, T, (Hq + 2 Hkv) D], cos and sin [B, T, D / 2]
         -> [B, T, Hq, D]."""
         cache = self.cache
-        q, planes = rope_encode_append(qkv, cos, sin, self.encoder, cache.k, cache.v, cache.signatures, seq_lens)
+        norms = None if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        q, planes = rope_encode_append(qkv, cos, sin, self.encoder, cache.k, cache.v, cache.signatures, seq_lens, norms)
         if qkv.shape[1] > 1 or self.sparse is None and self.selector is None:  # drafted tokens to verify attend to everything
             return dense_attention(q, cache.k, cache.v, seq_lens)[0]
         if self.selector is not None:

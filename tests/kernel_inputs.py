@@ -83,14 +83,15 @@ def encoder_for(config: HashConfig, Hq: int, Hkv: int, D: int) -> HashEncoder:
     return encoder.to(DEVICE)
 
 
-def append(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, encoder: HashEncoder | None, *rest: torch.Tensor
-           ) -> tuple[torch.Tensor, torch.Tensor | None]:
+def append(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, encoder: HashEncoder | None, *rest: torch.Tensor,
+           norms: tuple[torch.Tensor, torch.Tensor, float] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`hash_attention.rope_encode_append` by the kernel, on any device."""
+    norms = norms or ()
     if encoder is None:
-        return encode.rope_encode_append(qkv, cos, sin, None, None, None, None, *rest, 0, 0)[0], None
+        return encode.rope_encode_append(qkv, cos, sin, None, None, None, None, *rest, 0, 0, *norms)[0], None
     (key,), (query,) = encoder.key, encoder.query
     q, planes = encode.rope_encode_append(qkv, cos, sin, key.weight, key.bias, query.weight, query.bias, *rest,
-                                          encoder.config.query_bits, encoder.config.planes(encoder.group))
+                                          encoder.config.query_bits, encoder.config.planes(encoder.group), *norms)
     return q, planes if qkv.shape[1] == 1 else None
 
 

@@ -7,6 +7,7 @@ import torch
 from hashfast.common import UserError
 from hashfast.hash_attention import HashConfig, select_tokens
 from hashfast.model import SparseSettings
+from hashfast.ops.quant_linear import dequantize_int8
 from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.decode import Decoder, decode, prefill
 from hashfast.runtime.memory import bytes_per_step, tokens_read
@@ -29,7 +30,9 @@ CONFIGS = {
     "llama-yarn": lambda: transformers.LlamaConfig(**SHAPE, rope_parameters=YARN),
     "llama-linear": lambda: transformers.LlamaConfig(**SHAPE, rope_parameters=LINEAR),
     "mistral": lambda: transformers.MistralConfig(**SHAPE, head_dim=32, sliding_window=None),
+    "llama-biased": lambda: transformers.LlamaConfig(**SHAPE, attention_bias=True),
     "qwen2": lambda: transformers.Qwen2Config(**SHAPE),
+    "qwen3": lambda: transformers.Qwen3Config(**SHAPE, head_dim=32, attention_bias=True),
 }
 
 
@@ -39,8 +42,8 @@ def pair(request, tmp_path):
     torch.manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param]()).float().eval()
     for name, parameter in theirs.named_parameters():
-        if name.endswith("bias"):
-            parameter.data.normal_()
+        if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
+            parameter.data.normal_(mean=name.endswith("weight"))
     theirs.save_pretrained(tmp_path)
     return theirs, load_model(tmp_path, "cpu", torch.float32).eval()
 
@@ -87,8 +90,8 @@ def test_greedy_tokens_equal_transformers(pair):
     assert greedy(ours, ids, 64) == expected[0, 40:].tolist()
 
 
-@pytest.mark.parametrize(("pair", "share"), [("llama", "query"), ("llama-yarn", "kv"), ("mistral", "kv"), ("qwen2", "kv")],
-                         indirect=["pair"])
+@pytest.mark.parametrize(("pair", "share"), [("llama", "query"), ("llama-yarn", "kv"), ("llama-biased", "kv"),
+                                             ("mistral", "kv"), ("qwen2", "kv"), ("qwen3", "kv")], indirect=["pair"])
 def test_a_budget_of_the_whole_cache_gives_dense_tokens(pair, share):
     ids = torch.randint(0, 120, (40,))
     ours = pair[1]
@@ -114,10 +117,33 @@ def test_a_small_budget_reads_less_and_changes_logits(pair):
     assert not torch.allclose(sparse, dense)
 
 
-@pytest.mark.parametrize("pair", ["qwen2"], indirect=True)
+@pytest.mark.parametrize("pair", ["llama", "llama-biased", "mistral", "qwen2", "qwen3"], indirect=True)
+@torch.inference_mode()
+def test_int8_rounds_the_weights_and_nothing_else(pair, tmp_path):
+    """Logits are those of the float model with the weights that the integers stand for, and near the float model's own."""
+    ours = pair[1]
+    quantize_folder(tmp_path, tmp_path / "int8", "cpu")
+    rounded = load_model(tmp_path / "int8", "cpu", torch.float32)
+    ids = torch.randint(0, 120, (40,))
+
+    def logits(model):
+        """Of a prompt's last token and of a decode step."""
+        model.setup_caches(1, 40)
+        return torch.stack([model.prefill(ids[:39]), model(ids[None, 39:], torch.tensor([40], dtype=torch.int32))[0, 0]])
+
+    got, unrounded = logits(rounded), logits(ours)
+    assert (got - unrounded).norm() < 0.1 * unrounded.norm()
+    for name, layer in ours.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            int8 = rounded.get_submodule(name)
+            layer.weight.copy_(dequantize_int8(int8.weight, int8.scale))
+    torch.testing.assert_close(got, logits(ours), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pair", ["qwen3"], indirect=True)
 def test_one_compilation_serves_every_layer_length_and_prompt(pair):
-    """No graph break (fullgraph) and no recompilation over 200 steps and two prompts of different lengths, with biases and
-    uneven budgets."""
+    """No graph break (fullgraph) and no recompilation over 200 steps and two prompts of different lengths, with biases,
+    norms of q and k, and uneven budgets."""
     ours = pair[1]
     settings = SparseSettings(32, sink=4, recent=8, budgets=((16, 32), (20, 14), (30, 30)))
     hashed = (random_encoders(HashConfig(), ours.fingerprint()), settings)

@@ -4,21 +4,25 @@ usage: python -m hashfast convert-hashattention FILE.. --checkpoint_path checkpo
 
 HashAttention (arXiv 2412.14468), one file for all layers: for every layer and query head
 `{layer}.learning_to_hash_transformation_{q,k}.{head}.{0,2,4}.{weight,bias}`, linear layers [out, in] with SiLU between them;
-as one flat dictionary (anything may stand before the layer's number) or as {layer: dictionary of that layer}.
+as one flat dictionary (anything may stand before the layer's number) or as {layer: dictionary of that layer}. Or, as published
+(*.hat_weights.pkl), {layer: {query_matrix, query_bias, key_matrix, key_bias}}, each a list with one [Hq, in, out] or [Hq, out]
+per layer of the networks.
 HATA (arXiv 2506.02572): one tensor [Hkv, D, bits] per layer, each in a file whose name ends in the layer's number
 (hash_weight_layer_02.pt), or one tensor [n_layer, Hkv, D, bits]. Layers that are not there (HATA leaves the first ones dense)
 get random projections and a warning: run with --dense_layers.
 
-Files are safetensors, or torch.save's, of which tensors and plain containers alone are read.
+Files are safetensors, or those of torch.save or pickle, of which tensors and plain containers alone are read.
 """
+import io
 import pickle
 import re
 import sys
+import zipfile
+from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,22 +30,42 @@ from hashfast.common import Parser, UserError
 from hashfast.hash_attention import HashConfig, HashEncoder
 from hashfast.model import Fingerprint
 from hashfast.runtime.checkpoint import load_model
+from hashfast.runtime.hub import checkpoint_folder
 from hashfast.runtime.signatures import random_encoders, save_signatures
 
 NETWORK = re.compile(r"(?:.*\.)?(\d+)\.learning_to_hash_transformation_([qk])\.(\d+)\.(\d+)\.(weight|bias)")
 
 
+class TensorUnpickler(pickle.Unpickler):
+    """Reads what pickle.dump wrote of tensors in plain containers; a file that wants to call anything else is refused."""
+    allowed = {
+        ("collections", "OrderedDict"): OrderedDict,
+        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+        ("torch.storage", "_load_from_bytes"): lambda saved: torch.load(io.BytesIO(saved), "cpu", weights_only=True),
+    }
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it calls {module}.{name}")
+        return self.allowed[module, name]
+
+
 def read(path: Path) -> dict | list | Tensor:
-    """What a safetensors or torch.save file holds, without running anything in it."""
+    """What a safetensors, torch.save or, named .pkl, pickle.dump file holds, without running anything in it."""
     if not path.is_file():
         raise UserError(f"no such file: {path}; give what HashAttention or HATA saved")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if path.suffix == ".pkl" and not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                return TensorUnpickler(file).load()
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged or hostile file may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read {path} ({reason}); give a safetensors file, or a torch.save file of tensors "
+        if reason.startswith("Weights only load failed"):  # torch goes on to say how to run what is in it
+            reason = "it holds more than tensors"
+        raise UserError(f"cannot read {path} ({reason}); give a safetensors file, or a torch.save or pickle file of tensors "
                         "alone") from error
 
 
@@ -94,6 +118,29 @@ def hashattention(tensors: dict[str, Tensor], model: Fingerprint, path: Path) ->
                  for side in ("key", "query") for j, place in enumerate(places) for part in ("weight", "bias")}
         encoders.append(filled(config, model, state, f"{path}, layer {layer}"))
     return encoders
+
+
+def is_published(content: dict | list | Tensor) -> bool:
+    return isinstance(content, dict) and any(isinstance(layer, dict) and "key_matrix" in layer for layer in content.values())
+
+
+def published(layers: dict[int, dict[str, list[Tensor]]], model: Fingerprint, path: Path) -> list[HashEncoder]:
+    """Encoders of every layer from the lists of *.hat_weights.pkl."""
+    if layers.keys() != {*range(model.n_layer)}:
+        raise UserError(f"{path} is of another model: it has {len(layers)} layers, this model {model.n_layer}; "
+                        "give the --checkpoint_path it was trained for")
+    try:
+        networks = [{f"{side}.{j}.{part}": tensor
+                     for side in ("query", "key") for part, name in (("weight", "matrix"), ("bias", "bias"))
+                     for j, tensor in enumerate(layers[layer][f"{side}_{name}"])} for layer in range(model.n_layer)]
+        depth = len(layers[0]["key_matrix"])
+        hidden = networks[0]["key.0.weight"].shape[2] if depth > 1 else HashConfig.hidden
+        bits = networks[0][f"key.{depth - 1}.weight"].shape[2]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} lacks query_matrix, query_bias, key_matrix and key_bias, lists of [heads, in, out] and "
+                        "[heads, out], in some layer; give the whole file") from error
+    config = HashConfig(bits, query_bits=1, depth=depth, hidden=hidden, share="query")
+    return [filled(config, model, state, f"{path}, layer {layer}") for layer, state in enumerate(networks)]
 
 
 # ------------------------------------------------------------------------------------------------------------------ HATA
@@ -155,9 +202,11 @@ def convert(paths: list[Path], model: Fingerprint) -> tuple[str, list[HashEncode
     """-> the recipe's name and the encoder of each layer."""
     held = [(path, read(path)) for path in paths]
     names = flat_names(held[0][1]) if isinstance(held[0][1], dict) else {}
-    if any(NETWORK.fullmatch(name) for name in names):
+    if is_published(held[0][1]) or any(NETWORK.fullmatch(name) for name in names):
         if len(paths) > 1:
             raise UserError(f"{paths[0]} holds HashAttention's networks, of all layers in one file; give it alone")
+        if is_published(held[0][1]):
+            return "hashattention", published(held[0][1], model, paths[0])
         return "hashattention", hashattention(names, model, paths[0])
     return "hata", hata(hata_matrices(held), model)
 
@@ -168,7 +217,7 @@ def main() -> None:
     parser.add_argument("--checkpoint_path", type=Path, required=True, help="the model they were trained for")
     parser.add_argument("--out", type=Path, required=True, help="the signatures file to write")
     args = parser.parse_args()
-    model = load_model(args.checkpoint_path).fingerprint()
+    model = load_model(checkpoint_folder(args.checkpoint_path)).fingerprint()
     recipe, encoders = convert(args.files, model)
     save_signatures(args.out, encoders, model, {"recipe": recipe, "converted_from": [path.name for path in args.files]})
     print(f"{args.out}: {recipe}, {asdict(encoders[0].config)}")

@@ -13,13 +13,25 @@ from hashfast.kernels.launch import checked_rows, pdl_options, pdl_wait
 
 
 @triton.jit
-def _rotated(x, cos, sin, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """The rotated halves of one head at x [D], rounded to its dtype."""
+def _load_halves(x, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """The halves of x [D] in float32."""
     column = tl.arange(0, BLOCK)
     first = tl.load(x + column, mask=column < HALF, other=0.0)
     second = tl.load(x + HALF + column, mask=column < HALF, other=0.0)
-    dtype = first.dtype
-    first, second = first.to(tl.float32), second.to(tl.float32)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def _rotated(x, norm, cos, sin, EPS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """The rotated halves of one head at x [D], after RMSNorm by the weights at norm [D] or None, rounded to its dtype."""
+    dtype = x.dtype.element_ty
+    first, second = _load_halves(x, HALF, BLOCK)
+    if norm is not None:
+        norm_first, norm_second = _load_halves(norm, HALF, BLOCK)
+        rstd = tl.rsqrt(tl.sum(first * first + second * second, axis=0) / (2 * HALF) + EPS)
+        # rounded where PyTorch rounds: after the division and after the weight
+        first = ((first * rstd).to(dtype).to(tl.float32) * norm_first).to(dtype).to(tl.float32)
+        second = ((second * rstd).to(dtype).to(tl.float32) * norm_second).to(dtype).to(tl.float32)
     return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
 
@@ -52,11 +64,11 @@ def _pack(bits, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight, query_bias, seq_lens, q_out, planes,
-                               k_cache, v_cache, signatures, T, k_b, k_h, k_s, v_b, v_h, v_s, x_b, x_h, x_s,
+def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight, query_bias, q_norm, k_norm, seq_lens, q_out,
+                               planes, k_cache, v_cache, signatures, T, k_b, k_h, k_s, v_b, v_h, v_s, x_b, x_h, x_s,
                                HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
                                WORDS: tl.constexpr, P: tl.constexpr, SIGNS: tl.constexpr, KEYS: tl.constexpr,
-                               QUERIES: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
+                               QUERIES: tl.constexpr, EARLY: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr):
     """One signature head (or KV head without signatures) of one new token: its G queries, and its key and value.
 
     qkv [B, T, Hq + 2 Hkv, D], cos and sin [B, T, D / 2]. SIGNS: query_bits is 1. KEYS, QUERIES: which of them to encode.
@@ -94,12 +106,12 @@ def _rope_encode_append_kernel(qkv, cos, sin, key_weight, key_bias, query_weight
     qkv += token * ((HQ + 2 * HKV) * D)
     angle_cos = tl.load(cos + token * HALF + column, mask=column < HALF, other=0.0)
     angle_sin = tl.load(sin + token * HALF + column, mask=column < HALF, other=0.0)
-    key_first, key_second = _rotated(qkv + (HQ + kv_head) * D, angle_cos, angle_sin, HALF, BLOCK)
+    key_first, key_second = _rotated(qkv + (HQ + kv_head) * D, k_norm, angle_cos, angle_sin, EPS, HALF, BLOCK)
     value = tl.arange(0, 2 * BLOCK)
     v = tl.load(qkv + (HQ + HKV + kv_head) * D + value, mask=value < D)
     queries = ()
     for g in tl.static_range(G):
-        queries += (_rotated(qkv + (head * G + g) * D, angle_cos, angle_sin, HALF, BLOCK),)
+        queries += (_rotated(qkv + (head * G + g) * D, q_norm, angle_cos, angle_sin, EPS, HALF, BLOCK),)
 
     if head % (HEADS // HKV) == 0:
         _store_halves(k_cache + batch * k_b + kv_head * k_h + position * k_s, key_first, key_second, HALF, BLOCK)
@@ -148,10 +160,12 @@ def _parameters(weights: int) -> tuple[bool, int]:
 @torch.library.custom_op("hashfast::rope_encode_append", mutates_args=("k_cache", "v_cache", "signatures"))
 def rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, key_weight: Tensor | None, key_bias: Tensor | None,
                        query_weight: Tensor | None, query_bias: Tensor | None, k_cache: Tensor, v_cache: Tensor,
-                       signatures: Tensor | None, seq_lens: Tensor, query_bits: int, P: int) -> tuple[Tensor, Tensor]:
+                       signatures: Tensor | None, seq_lens: Tensor, query_bits: int, P: int, q_norm: Tensor | None = None,
+                       k_norm: Tensor | None = None, eps: float = 0.0) -> tuple[Tensor, Tensor]:
     """`hash_attention.rope_encode_append_reference` for a linear encoder; without one weights, biases and signatures are None.
 
-    qkv [B, T, (Hq + 2 Hkv) D], key_weight float32 [Hs, D, b], query_weight [Hq, D, b], biases [Hs or Hq, b]
+    qkv [B, T, (Hq + 2 Hkv) D], key_weight float32 [Hs, D, b], query_weight [Hq, D, b], biases [Hs or Hq, b], q_norm and k_norm
+    [D] and eps of RMSNorm before RoPE, or None
     -> q [B, T, Hq, D] and planes int32 [B, Hs, 1 + P, W], which are written where T = 1 alone.
     """
     B, T, width = qkv.shape
@@ -166,17 +180,18 @@ def rope_encode_append(qkv: Tensor, cos: Tensor, sin: Tensor, key_weight: Tensor
     if encode and T == 1:
         early, num_warps = _parameters((1 + HQ // HEADS) * 2 * block * 32 * WORDS)
     _rope_encode_append_kernel[(HEADS, B, T)](
-        qkv.contiguous(), cos.contiguous(), sin.contiguous(), key_weight, key_bias, query_weight, query_bias, seq_lens,
-        q, planes,
+        qkv.contiguous(), cos.contiguous(), sin.contiguous(), key_weight, key_bias, query_weight, query_bias, q_norm, k_norm,
+        seq_lens, q, planes,
         checked_rows(k_cache), checked_rows(v_cache), signatures, T, *k_cache.stride()[:3], *v_cache.stride()[:3],
         *(signatures.stride()[:3] if encode else (0, 0, 0)),
         HQ=HQ, HKV=HKV, HEADS=HEADS, D=D, BLOCK=block, WORDS=WORDS, P=P, SIGNS=query_bits == 1,
-        KEYS=encode, QUERIES=encode and T == 1, EARLY=early, num_warps=num_warps, **pdl_options(qkv.device))
+        KEYS=encode, QUERIES=encode and T == 1, EARLY=early, EPS=eps, num_warps=num_warps, **pdl_options(qkv.device))
     return q, planes
 
 
 @rope_encode_append.register_fake
-def _(qkv, cos, sin, key_weight, key_bias, query_weight, query_bias, k_cache, v_cache, signatures, seq_lens, query_bits, P):
+def _(qkv, cos, sin, key_weight, key_bias, query_weight, query_bias, k_cache, v_cache, signatures, seq_lens, query_bits, P,
+      q_norm=None, k_norm=None, eps=0.0):
     B, T, width = qkv.shape
     heads, words = (signatures.shape[1], signatures.shape[3]) if signatures is not None else (k_cache.shape[1], 1)
     D = k_cache.shape[3]

@@ -3,6 +3,8 @@
 A prompt is read densely but for its last `tail` tokens (the question, as a rule); these, what is generated and every
 continuation that is scored go through decode steps, so that the run's selector matters wherever a token is predicted. The
 budget is that of the evaluator's context, whatever a prompt's length: one no longer than the budget is attended to in full.
+
+Texts are encoded and cut to the context, which is HFLM's max_length, as the harness's own HFLM does it (lm_eval 0.4.13).
 """
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from hashfast.common import UserError
 from hashfast.research.evaluator import DecodeEvaluator, EvalConfig, Run
 
 STRIDE = 16  # tokens generated between looks at whether all answers have ended
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # a task's names for the most new tokens
 
 
 class DecodeLM(TemplateLM):
@@ -30,7 +33,9 @@ class DecodeLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return min(self.evaluator.tokenizer.stop_ids, default=0)
+        """The tokenizer's eos; where it names none, a token that ends a text."""
+        eos = self.evaluator.tokenizer.eos_id
+        return min(self.evaluator.tokenizer.stop_ids, default=0) if eos is None else eos
 
     @property
     def prefix_token_id(self) -> int:
@@ -61,12 +66,20 @@ class DecodeLM(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[tuple[tuple[str, str], list[int], list[int]]],
                               disable_tqdm: bool = False, **kwargs: object) -> list[tuple[float, bool]]:
         """Of each (texts, context ids, continuation ids): the continuation's log-likelihood, and whether it is the greedy one.
-        What does not fit into the cache is cut off on the left."""
+
+        Too long a text is cut off on the left: the cache holds all but its last token, which is only predicted.
+        """
         evaluator = self.evaluator
+        for request in requests:
+            if not 1 <= len(request[2]) <= evaluator.context:
+                raise UserError(f"a continuation of this task has {len(request[2])} tokens, but 1 to {evaluator.context} fit; "
+                                "give more --context")
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for batch in self.batches(requests, [len(request[2]) for request in requests], "score", disable_tqdm):
-            texts = [torch.tensor((requests[i][1] + requests[i][2])[-evaluator.context:]) for i in batch]
-            counts = [min(len(requests[i][2]), len(ids) - 1) for i, ids in zip(batch, texts, strict=True)]
+            contexts = [requests[i][1] or [self.prefix_token_id] for i in batch]
+            texts = [torch.tensor((before + requests[i][2])[-(evaluator.context + 1):])
+                     for i, before in zip(batch, contexts, strict=True)]
+            counts = [len(requests[i][2]) for i in batch]
             starts = [max(0, len(ids) - count - self.tail) for ids, count in zip(texts, counts, strict=True)]
             evaluator.read([ids[:start] for ids, start in zip(texts, starts, strict=True)])
             scores, likeliest = evaluator.score(self.run, texts, starts, max(counts))
@@ -78,8 +91,8 @@ class DecodeLM(TemplateLM):
         """The log-likelihood of each whole text, in windows of the cache's length, every token by a decode step."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.evaluator.context - 1, 1):
+            ids = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.evaluator.context, 1):
                 windows.append((("", ""), *make_disjoint_window(window)))
                 owners.append(owner)
         totals = [0.0] * len(requests)
@@ -88,36 +101,44 @@ class DecodeLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The greedy answer to each prompt, up to an end token, one of its `until` strings or `max_gen_toks` tokens."""
+        """The greedy answer to each prompt, up to an end token, one of its `until` strings or `max_gen_toks` tokens.
+
+        A prompt keeps the last tokens that leave room for as many new ones as it may get, whatever it is answered with.
+        """
         prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         settings = [request.args[1] for request in requests]
         for wanted in settings:
             if wanted.get("do_sample") or wanted.get("temperature"):
                 raise UserError("this task samples its answers; only greedy ones (do_sample: false) are supported")
-        limits = [min(wanted.get("max_gen_toks", 256), self.evaluator.context // 2) for wanted in settings]
+        limits = [next((wanted[name] for name in LIMITS if wanted.get(name) is not None), 256) for wanted in settings]
+        if max(limits, default=0) >= self.evaluator.context:
+            raise UserError(f"this task generates up to {max(limits)} tokens, which leaves no room for a prompt in --context "
+                            f"{self.evaluator.context}; give more")
         answers = [""] * len(requests)
-        for batch in self.batches(requests, limits, "generate", disable_tqdm):
-            room = self.evaluator.context - max(limits[i] for i in batch)
-            texts = self.generate([torch.tensor(prompts[i][-room:]) for i in batch], [limits[i] for i in batch],
-                                  [settings[i].get("until") or [] for i in batch])
-            for i, text in zip(batch, texts, strict=True):
-                answers[i] = text
+        for limit in sorted(set(limits), reverse=True):  # all prompts of a batch leave the same room
+            chosen = [i for i in range(len(requests)) if limits[i] == limit]
+            for batch in self.batches(chosen, [len(prompts[i]) for i in chosen], "generate", disable_tqdm):
+                batch = [chosen[i] for i in batch]
+                texts = self.generate([torch.tensor(prompts[i][limit - self.evaluator.context:]) for i in batch], limit,
+                                      [settings[i].get("until") or [] for i in batch])
+                for i, text in zip(batch, texts, strict=True):
+                    answers[i] = text
         return answers
 
-    def generate(self, prompts: list[torch.Tensor], limits: list[int], until: list[str | list[str]]) -> list[str]:
-        """One batch of `generate_until`. prompts: int64 [T] each, which fit the cache together with the largest limit."""
+    def generate(self, prompts: list[torch.Tensor], limit: int, until: list[str | list[str]]) -> list[str]:
+        """One batch of `generate_until`. prompts: int64 [T] each, which fit the cache together with `limit` new tokens."""
         evaluator = self.evaluator
         starts = [max(0, len(ids) - 1 - self.tail) for ids in prompts]
         evaluator.read([ids[:start] for ids, start in zip(prompts, starts, strict=True)])
         if max(map(len, prompts)) > 1:
             evaluator.score(self.run, prompts, starts, 1)  # the tails, but for the last token of each
         tokens: list[list[int]] = [[] for _ in prompts]
-        for done in range(0, max(limits), STRIDE):
+        for done in range(0, limit, STRIDE):
             last = [new[-1] if new else int(ids[-1]) for new, ids in zip(tokens, prompts, strict=True)]
             lengths = [len(ids) - 1 + done for ids in prompts]
-            more = evaluator.continue_greedily(self.run, last, lengths, min(STRIDE, max(limits) - done))
+            more = evaluator.continue_greedily(self.run, last, lengths, min(STRIDE, limit - done))
             tokens = [old + new for old, new in zip(tokens, more, strict=True)]
-            answers = [self.cut(*each) for each in zip(tokens, limits, until, strict=True)]
+            answers = [self.cut(new, limit, stops) for new, stops in zip(tokens, until, strict=True)]
             if all(ended for _, ended in answers):
                 break
         return [text for text, _ in answers]

@@ -20,7 +20,7 @@ from hashfast.model import ModelArgs, RopeScaling, Transformer
 from hashfast.ops.quant_linear import swap_linears
 from hashfast.runtime import distributed, tensor_parallel
 
-MODEL_TYPES = ("llama", "mistral", "qwen2")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 FLOAT_TYPES = ("BF16", "F16", "F32", "F64")  # safetensors' names; anything else is a quantised checkpoint
 
 # What transformers writes into config.json beside the shape of the model: training, generation, labels, bookkeeping.
@@ -68,9 +68,10 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False,),
 }
 FIXED_BY_TYPE: dict[str, dict[str, tuple[Any, ...]]] = {
-    "llama": {"attention_bias": (False,), "sliding_window": (), "use_sliding_window": (False,)},
+    "llama": {"attention_bias": (True, False), "sliding_window": (), "use_sliding_window": (False,)},
     "mistral": {"attention_bias": (False,), "use_sliding_window": (False,)},
     "qwen2": {"attention_bias": (True, False)},  # means nothing to Qwen2: q, k and v are biased, o is not
+    "qwen3": {"attention_bias": (True, False)},
 }
 QUANTISED = ("quantization_config", "quantization", "compression_config")
 QUANT_METHOD = "hashfast"  # the quant_method of quantization_config in what `hashfast quantize` writes
@@ -102,6 +103,8 @@ PRESETS: dict[str, ModelArgs] = {
     "mistral-7b": ModelArgs(32, 4096, 32, 8, 128, 14336, 32768, 1e-5, 1000000.0, max_position=32768),
     "qwen2.5-coder-1.5b": ModelArgs(28, 1536, 12, 2, 128, 8960, 151936, 1e-6, 1000000.0, max_position=32768, qkv_bias=True,
                                     tie_embeddings=True),
+    "qwen3-4b": ModelArgs(36, 2560, 32, 8, 128, 9728, 151936, 1e-6, 1000000.0, max_position=40960, qk_norm=True,
+                          tie_embeddings=True),
 }
 
 
@@ -182,9 +185,9 @@ def load_args(folder: str | Path) -> ModelArgs:
     n_kv_head = config.whole("num_key_value_heads", default, most=2 ** 13)
     if n_head % n_kv_head:
         raise config.error("num_attention_heads", f"must be a multiple of num_key_value_heads ({n_kv_head})")
-    if "head_dim" not in config.values and dim % n_head:
+    if kind != "qwen3" and "head_dim" not in config.values and dim % n_head:
         raise config.error("hidden_size", f"must be a multiple of num_attention_heads ({n_head}) where head_dim is absent")
-    head_dim = config.whole("head_dim", dim // n_head, most=2 ** 13)
+    head_dim = config.whole("head_dim", 128 if kind == "qwen3" else dim // n_head, most=2 ** 13)  # transformers' defaults
     if head_dim % 2:
         raise UserError(f"head_dim must be even for RoPE (it is {head_dim} in {path}); use another model")
     max_position = config.whole("max_position_embeddings", most=2 ** 31)
@@ -192,6 +195,7 @@ def load_args(folder: str | Path) -> ModelArgs:
     if rope_scaling is not None and rope_scaling.kind == "yarn":
         # Qwen's recipe adds yarn to a config whose max_position_embeddings stays the length before scaling.
         max_position = max(max_position, int(rope_scaling.factor * rope_scaling.original_max_position))
+    biased = kind in ("llama", "qwen3") and config.flag("attention_bias", False)
     return ModelArgs(
         n_layer=n_layer,
         dim=dim,
@@ -205,7 +209,9 @@ def load_args(folder: str | Path) -> ModelArgs:
         rope_scaling=rope_scaling,
         max_position=max_position,
         sliding_window=_sliding_window(config, kind, n_layer),
-        qkv_bias=kind == "qwen2",
+        qkv_bias=biased or kind == "qwen2",
+        out_bias=biased,
+        qk_norm=kind == "qwen3",
         tie_embeddings=config.flag("tie_word_embeddings", False),
     )
 
@@ -281,7 +287,7 @@ def _sliding_window(config: Fields, kind: str, n_layer: int) -> int | None:
         raise config.error("layer_types", f"must have one entry per layer ({n_layer})")
     if kind == "llama" or "sliding_window" in config.nulls:
         return None
-    if kind == "qwen2":
+    if kind in ("qwen2", "qwen3"):
         slides = "sliding_attention" in layer_types
         if not layer_types:
             slides = n_layer > config.number("max_window_layers", 28, above=-1)  # the layers below it attend to everything
@@ -498,6 +504,10 @@ def _places(model: Transformer) -> dict[str, Place]:
             places[f"{theirs}self_attn.k_proj.{kind}"] = Place(wqkv, q, kv)
             places[f"{theirs}self_attn.v_proj.{kind}"] = Place(wqkv, q + kv, kv)
         places[theirs + "self_attn.o_proj.weight"] = Place(ours + "attention.wo.weight", 0, args.dim)
+        if args.out_bias:
+            places[theirs + "self_attn.o_proj.bias"] = Place(ours + "attention.wo.bias", 0, args.dim)
+        for name in ("q_norm", "k_norm") if args.qk_norm else ():
+            places[f"{theirs}self_attn.{name}.weight"] = Place(f"{ours}attention.{name}.weight", 0, args.head_dim)
         places[theirs + "mlp.gate_proj.weight"] = Place(ours + "feed_forward.w13.weight", 0, ffn)
         places[theirs + "mlp.up_proj.weight"] = Place(ours + "feed_forward.w13.weight", ffn, ffn)
         places[theirs + "mlp.down_proj.weight"] = Place(ours + "feed_forward.w2.weight", 0, args.dim)

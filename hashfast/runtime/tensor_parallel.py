@@ -97,6 +97,8 @@ def parallelize(model: Transformer) -> Transformer:
         return model
     all_reduce(model.norm.weight)  # NCCL connects and takes its memory now, before the caches are planned and graphs captured
     for layer in model.layers:
+        if args.out_bias and rank() > 0:  # the sum over the ranks holds the bias of rank 0
+            layer.attention.wo.bias.zero_()
         layer.attention.wo = RowParallel(layer.attention.wo)
         layer.feed_forward.w2 = RowParallel(layer.feed_forward.w2)
     model.tok_embeddings = ShardedEmbedding(model.tok_embeddings.weight, rank() * args.vocab_rows)

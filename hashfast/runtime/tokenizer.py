@@ -71,11 +71,13 @@ class Tokenizer:
     """The tokenizer of one checkpoint.
 
     `vocab_size` is the number of token ids (a model's output may be padded beyond it), `bos_id` the token that begins a
-    text or None, and `stop_ids` are all tokens at which generation should end.
+    text or None, `eos_id` the one that the tokenizer itself names as the end or None, and `stop_ids` are all tokens at which
+    generation should end.
     """
 
     vocab_size: int
     bos_id: int | None
+    eos_id: int | None
     stop_ids: frozenset[int]
 
     def __init__(self, backend: _Backend, config: dict[str, Any], model_configs: list[dict[str, Any]]) -> None:
@@ -95,6 +97,7 @@ class Tokenizer:
         add_bos = config.get("add_bos_token")
         self._bos = [self.bos_id] if self.bos_id is not None and (backend.adds_bos if add_bos is None else add_bos) else []
 
+        self.eos_id = backend.special.get(self._tokens.get("eos_token", ""))
         ends = {*END_TOKENS, self._tokens.get("eos_token")} & backend.special.keys()
         stop_ids = {backend.special[end] for end in ends}
         for eos in (model_config.get("eos_token_id") for model_config in model_configs):

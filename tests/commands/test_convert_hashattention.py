@@ -1,4 +1,6 @@
 """Signatures of others: the converted encoders compute what their own layout says."""
+import io
+import pickle
 import sys
 from pathlib import Path
 
@@ -67,6 +69,38 @@ def test_hashattention_scores(layout: str, tmp_path: Path) -> None:
             assert torch.equal(score[0, head], agree.sum(dim=-1, dtype=torch.int32))
 
 
+def published(heads: int = 4, layers: int = 2, depth: int = 3, bits: int = 32, dim: int = 16) -> dict[int, dict[str, list]]:
+    """What HashAttention's own *.hat_weights.pkl hold."""
+    torch.manual_seed(0)
+    widths = [dim, *[24] * (depth - 1), bits]
+    return {layer: {f"{side}_{part}": [torch.randn(heads, *(widths[j:j + 2] if part == "matrix" else widths[j + 1:j + 2]))
+                                       for j in range(depth)]
+                    for side in ("query", "key") for part in ("matrix", "bias")} for layer in range(layers)}
+
+
+@pytest.mark.parametrize("depth, bits, writer", [(3, 32, pickle.dump), (2, 64, pickle.dump), (1, 32, pickle.dump),
+                                                 (3, 32, torch.save)])
+def test_published_scores(depth: int, bits: int, writer, tmp_path: Path) -> None:
+    """Theirs: the products of the signs of each head's networks, x @ matrix + bias with SiLU between."""
+    layers, path = published(depth=depth, bits=bits), tmp_path / "llama3.1-8b-patch.64K.v1.hat_weights.pkl"
+    with path.open("wb") as file:
+        writer(layers, file)
+    recipe, encoders = convert([path], MODEL)
+    assert recipe == "hashattention" and encoders[0].config == HashConfig(bits, 1, depth, 24 if depth > 1 else 128, "query")
+
+    def signs(x: torch.Tensor, matrices: list[torch.Tensor], biases: list[torch.Tensor]) -> torch.Tensor:
+        for j, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
+            x = (x if j == 0 else F.silu(x)) @ matrix + bias[:, None]
+        return x.sign()
+
+    q, k = torch.randn(1, 4, 16), torch.randn(1, 2, 30, 16)
+    for layer, encoder in zip(layers.values(), encoders, strict=True):
+        theirs = (signs(q[0, :, None], layer["query_matrix"], layer["query_bias"])
+                  @ signs(k[0].repeat_interleave(2, dim=0), layer["key_matrix"], layer["key_bias"]).mT)[:, 0]
+        score = score_reference(encoder.encode_queries(q), encoder.encode_keys(k))[0]  # of agreeing bits
+        assert torch.equal(2 * score - bits, theirs.int())
+
+
 @pytest.mark.parametrize("layout", ["file per layer", "one tensor"])
 def test_hata_scores(layout: str, tmp_path: Path, capsys) -> None:
     torch.manual_seed(0)
@@ -115,7 +149,7 @@ class Payload:
     (torch.zeros(2, 3, 16, 32), "of another model (size mismatch"),
     (torch.zeros(2, 16, 32), "neither of the layouts"),
     ({"a": torch.zeros(2, 16, 32), "b": torch.zeros(2, 16, 32)}, "neither of the layouts"),
-    ({"a": Payload()}, "a torch.save file of tensors alone"),
+    ({"a": Payload()}, "(it holds more than tensors)"),
 ])
 def test_other_layouts_are_refused(content, words: str, tmp_path: Path, capsys) -> None:
     path = tmp_path / "weights.pt"
@@ -124,6 +158,53 @@ def test_other_layouts_are_refused(content, words: str, tmp_path: Path, capsys) 
         convert([path], MODEL)
     assert words in str(error.value) and "\n" not in str(error.value)
     assert "this ran" not in capsys.readouterr().out
+
+
+def changed(**lists) -> dict:
+    """`published` with other values in layer 1."""
+    layers = published()
+    layers[1] |= lists
+    return layers
+
+
+class Storage:
+    """A tensor's bytes as pickle writes them, but that they call something when they are read."""
+
+    def __reduce__(self):
+        saved = io.BytesIO()
+        torch.save(Payload(), saved)
+        return torch.storage._load_from_bytes, (saved.getvalue(),)
+
+
+@pytest.mark.parametrize("content, words", [
+    (published(heads=3), "of another model (size mismatch"),
+    (published(layers=3), "it has 3 layers, this model 2"),
+    (published(bits=48), "signature bits must be"),
+    (published(depth=4), "depth must be 1 to 3"),
+    (changed(key_bias=[torch.zeros(4, 32)]), "of another model (Missing key(s)"),
+    (changed(key_bias=None), "lacks query_matrix, query_bias, key_matrix and key_bias"),
+    (changed(query_bias=["x", "y", "z"]), "layer 1: these are of another model"),
+    ({0: published()[0], 1: {}}, "lacks query_matrix"),
+    (changed(key_bias=Payload()), "(it calls builtins.print)"),
+    (changed(key_bias=[Storage()]), "(it holds more than tensors)"),
+    (["nothing"], "neither of the layouts"),
+])
+def test_other_pickles_are_refused(content, words: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "model.hat_weights.pkl"
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError) as error:
+        convert([path], MODEL)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert "this ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04", pickle.dumps(published())[:5000], b"\x80\x04\x8e" + b"\xff" * 8,
+                                     b"cos\nsystem\n(S'echo this ran'\ntR.", b"\x80\x04}\x94(K\x00K\x01u0."])
+def test_damaged_pickles(content: bytes, tmp_path: Path, capfd) -> None:
+    (tmp_path / "a.pkl").write_bytes(content)
+    with pytest.raises(UserError, match="cannot read|neither of the layouts"):
+        convert([tmp_path / "a.pkl"], MODEL)
+    assert "this ran" not in capfd.readouterr().out
 
 
 def test_files_that_are_no_weights(tmp_path: Path) -> None:

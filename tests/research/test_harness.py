@@ -3,6 +3,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hashfast.commands import eval
 from hashfast.common import UserError
 from hashfast.research.evaluator import DecodeEvaluator, EvalConfig
 from hashfast.runtime.decode import prefill
+from hashfast.runtime.tokenizer import Tokenizer
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
@@ -20,6 +22,7 @@ from hashfast.research import harness  # noqa: E402
 from hashfast.research.harness import DecodeLM, lm  # noqa: E402
 
 CONTEXT = 128
+LONG = "".join(chr(97 + i * i % 26) for i in range(300))  # one token a letter
 
 
 
@@ -60,7 +63,7 @@ def test_likelihoods_are_those_of_reading_the_text(evaluator: DecodeEvaluator) -
     for (context, continuation), (score, greedy) in zip(pairs, found, strict=True):
         encode = evaluator.tokenizer.encode
         ids = encode(context + continuation) if context else [256 + 1, *encode(continuation)]
-        ids = ids[-CONTEXT:]
+        ids = ids[-(CONTEXT + 1):]
         target = ids[-len(continuation):]
         logs = read_log_likelihoods(evaluator, ids, len(ids) - len(target))
         assert score == pytest.approx(sum(log[token].item() for log, token in zip(logs, target, strict=True)), abs=1e-3)
@@ -84,15 +87,15 @@ def test_a_selector_matters(evaluator: DecodeEvaluator) -> None:
 
 
 def test_rolling_windows_cover_the_text_once(evaluator: DecodeEvaluator) -> None:
-    text = "".join(chr(97 + i * i % 26) for i in range(2 * CONTEXT))
+    text = "".join(chr(97 + i * i % 26) for i in range(2 * CONTEXT + 9))
     found = model(evaluator).loglikelihood_rolling(instances("loglikelihood_rolling", (text,), ("short",)), disable_tqdm=True)
     ids = evaluator.tokenizer.encode(text)
-    total, window = 0.0, CONTEXT - 1
-    for start in range(0, len(ids), window):
+    total = 0.0
+    for start, end in ((0, CONTEXT), (CONTEXT, 2 * CONTEXT), (2 * CONTEXT, len(ids))):
         before = ids[:start][-1:] or [256 + 1]
-        if start + window > len(ids):  # the last window is filled up on the left with what was scored before
-            before = ids[len(ids) - window - 1:start]
-        part = before + ids[start:start + window]
+        if end - start < CONTEXT:  # the last window is filled up on the left with what was scored before
+            before = ids[end - CONTEXT - 1:start]
+        part = before + ids[start:end]
         logs = read_log_likelihoods(evaluator, part, len(before))
         total += sum(log[token].item() for log, token in zip(logs, part[len(before):], strict=True))
     assert found[0] == pytest.approx(total, rel=1e-4)
@@ -101,12 +104,54 @@ def test_rolling_windows_cover_the_text_once(evaluator: DecodeEvaluator) -> None
 
 
 def test_answers_are_those_of_each_prompt_alone(evaluator: DecodeEvaluator) -> None:
-    prompts = [("Once", {"max_gen_toks": 20}), ("A longer prompt than the others", {"max_gen_toks": 3}), ("x", {"until": "q"}),
-               ("Another batch", {"max_gen_toks": 18, "until": []})]
+    """Too long a prompt keeps what its own answer leaves of the context, though the others may be answered at more length."""
+    alike = {"max_gen_toks": 20}
+    prompts = [("Once", alike), ("A longer prompt than the others", {"max_gen_toks": 3}), ("x", alike | {"until": "q"}),
+               ("Another batch", {"max_new_tokens": 18, "until": []}), (LONG, {"max_gen_toks": 3}), (LONG, alike)]
     together = model(evaluator).generate_until(instances("generate_until", *prompts), disable_tqdm=True)
     for prompt, text in zip(prompts, together, strict=True):
         assert model(evaluator).generate_until(instances("generate_until", prompt), disable_tqdm=True) == [text]
-        assert len(evaluator.tokenizer.encode(text)) <= 3 * prompt[1].get("max_gen_toks", 256)  # 3 bytes of U+FFFD each
+        limit = prompt[1].get("max_gen_toks", 18)
+        assert len(evaluator.tokenizer.encode(text)) <= 3 * limit  # 3 bytes of U+FFFD each
+    for prompt, kept in ((prompts[4], LONG[-125:]), (prompts[5], LONG[-108:])):
+        assert model(evaluator).generate_until(instances("generate_until", (kept, prompt[1])), disable_tqdm=True) == [
+            together[prompts.index(prompt)]]
+
+
+def test_lengths_that_leave_no_room(evaluator: DecodeEvaluator) -> None:
+    with pytest.raises(UserError, match="generates up to 256 tokens, which leaves no room for a prompt in --context 128;"):
+        model(evaluator).generate_until(instances("generate_until", ("x", {"until": ["q"]})))
+    for continuation, count in ((LONG, 300), ("", 0)):
+        with pytest.raises(UserError, match=f"of this task has {count} tokens, but 1 to 128 fit; give more --context"):
+            model(evaluator).loglikelihood(instances("loglikelihood", ("x", continuation)), disable_tqdm=True)
+
+
+@pytest.mark.parametrize("config, eos, prefix", [
+    ({"eos_token": "<|im_end|>"}, 257, 257), ({"eos_token": "<|endoftext|>"}, 258, 258), ({}, 257, 257),
+    ({"eos_token": "<|endoftext|>", "bos_token": "<|im_start|>"}, 258, 256)])
+def test_eos_and_prefix_are_those_of_the_tokenizer(checkpoint_copy, config: dict, eos: int, prefix: int) -> None:
+    """Not the first of all tokens that end a text: here 257 and 258 do."""
+    folder = checkpoint_copy()
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    lm = DecodeLM(SimpleNamespace(tokenizer=Tokenizer.load(folder)), None, 5, chat=False)
+    assert (lm.eot_token_id, lm.prefix_token_id) == (eos, prefix)
+
+
+def test_dense_figures_are_those_of_the_harness_own_model(evaluator: DecodeEvaluator, tiny_checkpoint: Path) -> None:
+    pytest.importorskip("accelerate")  # HFLM imports it; nothing else here does
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    theirs = HFLM(pretrained=AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32), device="cpu",
+                  tokenizer=AutoTokenizer.from_pretrained(tiny_checkpoint), max_length=CONTEXT, batch_size=3)
+    pairs = [("The sky is", " blue"), ("", "no context"), (LONG[:120], " too long"), (LONG[:121], " too long"),
+             (LONG, " too long"), ("x", LONG[:128]), ("trailing ", "space")]
+    texts = [(LONG[:length],) for length in (1, 127, 128, 129, 300)]
+    prompts = [(text, {"max_gen_toks": 20, "until": ["q"]}) for text in ("Once", LONG[:107], LONG[:108], LONG[:109], LONG)]
+    for kind, arguments in (("loglikelihood", pairs), ("loglikelihood_rolling", texts), ("generate_until", prompts)):
+        expected = getattr(theirs, kind)(instances(kind, *arguments), disable_tqdm=True)
+        for got, wanted in zip(getattr(model(evaluator), kind)(instances(kind, *arguments)), expected, strict=True):
+            assert got == wanted if kind == "generate_until" else got == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("text, limit, until, wanted", [

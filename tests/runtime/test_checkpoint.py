@@ -27,6 +27,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied-llama3": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3 | {"rope_theta": 500000.0}}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16}),
     "qwen2": ("Qwen2", {}),
+    "llama-biased": ("Llama", {"attention_bias": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
 }
 # A config.json as the Hub has them (transformers 4), of a model small enough to save.
@@ -35,6 +37,7 @@ LLAMA_V4 = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidde
             "transformers_version": "4.43.0", **SIZES}
 QWEN_V4 = LLAMA_V4 | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False,
                       "sliding_window": 128, "max_window_layers": 1}
+QWEN3_V4 = QWEN_V4 | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False}
 MISTRAL_V4 = LLAMA_V4 | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
 
 
@@ -68,7 +71,10 @@ def assert_equal(model: torch.nn.Module, tensors: dict[str, torch.Tensor], dtype
         for kind in ("weight", "bias"):
             if f"{hf}self_attn.q_proj.{kind}" in tensors:
                 expected[f"{ours}attention.wqkv.{kind}"] = torch.cat([tensors[f"{hf}self_attn.{x}_proj.{kind}"] for x in "qkv"])
-        expected[f"{ours}attention.wo.weight"] = tensors[f"{hf}self_attn.o_proj.weight"]
+        for theirs, name in (("o_proj.weight", "wo.weight"), ("o_proj.bias", "wo.bias"), ("q_norm.weight",) * 2,
+                             ("k_norm.weight",) * 2):
+            if f"{hf}self_attn.{theirs}" in tensors:
+                expected[f"{ours}attention.{name}"] = tensors[f"{hf}self_attn.{theirs}"]
         expected[f"{ours}feed_forward.w13.weight"] = torch.cat([tensors[f"{hf}mlp.{x}_proj.weight"] for x in ("gate", "up")])
         expected[f"{ours}feed_forward.w2.weight"] = tensors[f"{hf}mlp.down_proj.weight"]
         expected[f"{ours}attention_norm.weight"] = tensors[f"{hf}input_layernorm.weight"]
@@ -177,7 +183,7 @@ def test_preset_sizes() -> None:
     for name, args in PRESETS.items():
         counts[name] = sum(p.numel() for p in checkpoint._meta_model(args).parameters())
     assert counts == {"llama-3.1-8b": 8030261248, "llama-3.1-70b": 70553706496, "llama-3.2-1b": 1235814400,
-                      "mistral-7b": 7248023552, "qwen2.5-coder-1.5b": 1543714304}
+                      "mistral-7b": 7248023552, "qwen2.5-coder-1.5b": 1543714304, "qwen3-4b": 4022468096}
 
 
 # --------------------------------------------------------------------------------------------------------------- configs
@@ -253,6 +259,8 @@ def test_qwen_yarn_recipe(tmp_path: Path) -> None:
     (QWEN_V4 | {"use_sliding_window": True, "layer_types": ["full_attention"] * 2}, None),
     (QWEN_V4 | {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}, 128),
     (QWEN_V4 | {"sliding_window": None, "use_sliding_window": True}, None),
+    (QWEN3_V4, None),
+    (QWEN3_V4 | {"use_sliding_window": True}, 128),
 ])
 def test_sliding_window(config: dict[str, Any], window: int | None, tmp_path: Path) -> None:
     assert load_args(written(tmp_path, config)).sliding_window == window
@@ -273,12 +281,21 @@ def test_fields_of_real_configs(tmp_path: Path) -> None:
     assert load_args(written(tmp_path, without)).n_kv_head == 4  # as the first Llama configs were
 
 
+def test_head_dim_and_biases_of_qwen3_and_llama(tmp_path: Path) -> None:
+    """Absent fields are those of transformers' Qwen3Config: heads of 128, no biases."""
+    plain = load_args(written(tmp_path, QWEN3_V4))
+    assert (plain.head_dim, plain.qk_norm, plain.qkv_bias, plain.out_bias) == (128, True, False, False)
+    for config in (QWEN3_V4, LLAMA_V4):
+        biased = load_args(written(tmp_path, config | {"attention_bias": True, "head_dim": 16}))
+        assert (biased.head_dim, biased.qk_norm, biased.qkv_bias, biased.out_bias) == (16, config is QWEN3_V4, True, True)
+
+
 # ------------------------------------------------------------------------------------------------------------ bad configs
 
 BAD_CONFIGS: list[tuple[Any, str]] = [
     ([1], "list"),
     ({}, "model_type is missing"),
-    ({"model_type": "gpt2"}, "'gpt2'.*llama, mistral, qwen2"),
+    ({"model_type": "gpt2"}, "'gpt2'.*llama, mistral, qwen2, qwen3"),
     ({"model_type": ["llama"]}, "model_type"),
     *((LLAMA_V4 | fields, match) for fields, match in [
         ({"hidden_size": None}, "hidden_size is missing"),
@@ -304,7 +321,7 @@ BAD_CONFIGS: list[tuple[Any, str]] = [
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "auto_map.*AutoModelForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act.*'gelu'"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"attention_bias": 1}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"attention_multiplier": 0.5}, "attention_multiplier"),

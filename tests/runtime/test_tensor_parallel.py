@@ -30,8 +30,10 @@ from hashfast.runtime.sampling import Sampling
 from hashfast.runtime.signatures import load_signatures, random_encoders, save_signatures
 
 ROOT = Path(__file__).parents[2]
-MODELS = ("llama", "qwen2")
+MODELS = ("llama", "qwen2", "llama-biased", "mistral", "qwen3")  # the first has a tokenizer
+HEAD_DIMS = {"llama": 8, "qwen2": 64, "llama-biased": 8, "mistral": 8, "qwen3": 16}
 MODES = ("dense", "hash", "sampled")
+MODES_OF = {"llama": MODES, "qwen2": (*MODES, "compiled")}  # the others: dense and hash
 PROMPTS = [[7], list(range(40, 80))]
 STEPS = 24
 TURNS = ["Hello", "And then?", ""]
@@ -76,8 +78,7 @@ def converse(folder: Path) -> str:
 
 def work(folder: Path) -> None:
     for name in MODELS:
-        modes = (*MODES, "compiled") if name == "qwen2" else MODES
-        save_file(compute(folder / name, modes), folder / f"{name}-{distributed.rank()}.safetensors")
+        save_file(compute(folder / name, MODES_OF.get(name, MODES[:2])), folder / f"{name}-{distributed.rank()}.safetensors")
     (folder / f"chat-{distributed.rank()}.txt").write_text(converse(folder / "llama"))
     print("done")
 
@@ -105,20 +106,24 @@ def torchrun(*command: object, ranks: int = 2) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
-    """Two models with signatures, and what two ranks computed of them."""
+    """Models with signatures, and what two ranks computed of them."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("tp")
     shutil.copytree(tiny_checkpoint, folder / "llama")  # signatures are written beside it
     torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=64,
-        vocab_size=101, max_position_embeddings=512, initializer_range=0.3, tie_word_embeddings=True)
-    model = transformers.Qwen2ForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.data.normal_()
-    model.save_pretrained(folder / "qwen2")
-    for name, hash_config in zip(MODELS, (HashConfig(), HashConfig(bits=64, share="query")), strict=True):
+    sizes = dict(hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+                 vocab_size=101, max_position_embeddings=512, initializer_range=0.3)
+    for kind, config in {"qwen2": transformers.Qwen2Config(**sizes, head_dim=64, tie_word_embeddings=True),
+                         "llama-biased": transformers.LlamaConfig(**sizes, attention_bias=True),
+                         "mistral": transformers.MistralConfig(**sizes, sliding_window=None),
+                         "qwen3": transformers.Qwen3Config(**sizes, head_dim=16)}.items():
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
+                parameter.data.normal_(mean=name.endswith("weight"))
+        model.save_pretrained(folder / kind)
+    for name in MODELS:
+        hash_config = HashConfig(bits=64, share="query") if name == "qwen2" else HashConfig()
         whole = load_model(folder / name, "cpu", torch.float32).fingerprint()
         save_signatures(folder / name / "signatures.safetensors", random_encoders(hash_config, whole), whole, {})
     ran = torchrun(__file__, "work", folder)
@@ -134,11 +139,11 @@ def ranks(folder: Path) -> dict[str, list[dict[str, Tensor]]]:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, dict[str, Tensor]]:
-    return {name: compute(folder / name) for name in MODELS}
+    return {name: compute(folder / name, MODES if name in MODES_OF else MODES[:2]) for name in MODELS}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "mode"), [(name, mode) for name in MODELS for mode in MODES_OF.get(name, MODES[:2])
+                                            if mode != "compiled"])
 def test_two_ranks_compute_what_one_does(name: str, mode: str, ranks: dict, alone: dict) -> None:
     first, second = ranks[name]
     for what in ("tokens", "prefill", "logits"):
@@ -175,12 +180,12 @@ def test_the_runs_differ_where_they_should(alone: dict) -> None:
     for results in alone.values():
         assert len(set(results["dense tokens"].flatten().tolist())) > 5
         assert not torch.equal(results["dense tokens"], results["hash tokens"])
-        assert not torch.equal(results["sampled tokens"], results["hash tokens"])
+        assert not torch.equal(results.get("sampled tokens", results["dense tokens"]), results["hash tokens"])
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_shards_make_up_the_tensors(name: str, ranks: dict, alone: dict) -> None:
-    widths = [4 * 8, 2 * 8, 2 * 8] if name == "llama" else [6 * 64, 2 * 64, 2 * 64]  # of q, k and v
+    widths = [heads * HEAD_DIMS[name] for heads in ((4, 2, 2) if name == "llama" else (6, 2, 2))]  # of q, k and v
     vocab_size = 259 if name == "llama" else 101
     parameters = [{key.replace(".layer.", "."): value for key, value in rank.items() if key.startswith("parameter ")}
                   for rank in ranks[name]]  # a row-parallel layer wraps a plain one
@@ -193,6 +198,9 @@ def test_shards_make_up_the_tensors(name: str, ranks: dict, alone: dict) -> None
             made = torch.cat([torch.cat(pair) for pair in pieces])
         elif "w13" in key:
             made = torch.cat([torch.cat(pair) for pair in zip(*(part.chunk(2) for part in parts), strict=True)])
+        elif "wo.bias" in key:  # one rank's, or the sum would hold it twice
+            made = parts[0]
+            assert not parts[1].any()
         elif "wo." in key or "w2." in key:
             made = torch.cat(parts, dim=1)
         elif "norm" in key:
