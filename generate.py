@@ -172,7 +172,8 @@ def int_or_str(text: str) -> int | str:
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument_group("model").add_argument
-    add("--checkpoint_path", type=Path, metavar="FOLDER", help="folder with config.json, safetensors and the tokenizer")
+    add("--checkpoint_path", type=Path, metavar="FOLDER",
+        help="folder with config.json, safetensors and the tokenizer, or owner/name on Hugging Face")
     add("--random_weights", metavar="PRESET", help="no checkpoint, random weights, for latency; `hashfast list` names presets")
     add("--quantize", choices=("int8",), help="of --random_weights; `hashfast quantize` is for checkpoints")
     add("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
@@ -547,6 +548,7 @@ def main() -> None:
         from hashfast.research.budgets import budgets_for, calibrated
         from hashfast.runtime import distributed, tensor_parallel
         from hashfast.runtime.checkpoint import load_model, random_model
+        from hashfast.runtime.hub import checkpoint_folder
         from hashfast.runtime.memory import largest_batch, plan_memory, sparse_settings
         from hashfast.runtime.session import DecodeOptions, Session
         from hashfast.runtime.signatures import model_outline
@@ -557,6 +559,9 @@ def main() -> None:
     dtype = getattr(torch, options.precision)
 
     # all that can be wrong, before weights are read
+    for name in ("checkpoint_path", "draft_checkpoint_path"):
+        if getattr(options, name) is not None:
+            setattr(options, name, checkpoint_folder(getattr(options, name)))
     path, draft_path = options.checkpoint_path, options.draft_checkpoint_path
     if path is None:
         model = random_model(options.random_weights, options.device, dtype, options.seed, options.quantize)

@@ -147,10 +147,12 @@ def main() -> None:
         from hashfast.research.resume import Partial
         from hashfast.research.training import TrainConfig, check_model
         from hashfast.runtime.checkpoint import load_model
+        from hashfast.runtime.hub import checkpoint_folder
         from hashfast.runtime.signatures import load_signatures, model_outline, random_encoders, save_signatures
         from hashfast.runtime.tokenizer import Tokenizer
 
     args.device = find_device(args.device)
+    args.checkpoint_path = checkpoint_folder(args.checkpoint_path)
     given = {field: getattr(args, field) for field in ("bits", "query_bits", "depth", "hidden", "share")}
     given = {field: value for field, value in given.items() if value is not None}
     shape = replace(recipes.RECIPES[args.recipe].config, **given)

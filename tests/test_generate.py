@@ -311,7 +311,8 @@ def test_a_run_agrees_with_itself(run: Callable[..., Ran], tmp_path: Path) -> No
     assert rows[3] == ["dense", "dense"]
     assert [row[:4] for row in rows[8:10]] == [["same", "argmax", "1.000", "1.000"], ["perplexity", "ratio", "1.000", "1.000"]]
     assert re.search(r"^verdict: dense reads 100% of the tokens that dense reads, decoding at \d+\.\d\d times its speed, and "
-                     r"would have chosen 100% of its tokens; nothing to speak of is lost \(perplexity x 1.000\)\.$", ran.out, re.M)
+                     r"would have chosen 100% of its tokens; nothing to speak of is lost \(perplexity x 1.000\)\.$", ran.out,
+                     re.MULTILINE)
 
 
 def test_a_poor_selection_agrees_less(run: Callable[..., Ran], tmp_path: Path) -> None:
@@ -464,7 +465,7 @@ def test_flags_without_a_checkpoint(command: Callable[..., Ran]) -> None:
     assert_refused(command("--random_weights", "mistral-7b"), "random weights have no tokenizer; give --prompt NUMBER")
     for count in (0, -3, 10 ** 15):
         assert_refused(command("--random_weights", "mistral-7b", "--prompt", count), f"--prompt {count} is out of range")
-    assert_refused(command("--random_weights", "mistral-7b", "--prompt", 8, "--stop", "x"), "random weights have no text; leave")
+    assert_refused(command("--random_weights", "mistral-7b", "--prompt", 8, "--stop", "x"), "random weights have no text")
 
 
 @pytest.mark.parametrize("ids, message", [
@@ -498,7 +499,7 @@ def test_bad_prompt_files(content: bytes | None, message: str, command: Callable
 @pytest.mark.parametrize("flags, message", [
     (["--prompt", "x" * 100, "--max_seq_length", 90], "give --max_seq_length 110, a shorter prompt or fewer --max_new_tokens"),
     (["--prompt", "x" * 85, "--max_seq_length", 90], "85 prompt and 10 new tokens do not fit --max_seq_length 90"),
-    (["--prompt", "x" * 510], "520 tokens are more than the model's 512 (max_position_embeddings or sliding_window in config.json)"),
+    (["--prompt", "x" * 510], "520 tokens are more than the model's 512 (max_position_embeddings or sliding_window in"),
     (["--prompt", "x" * 9, "--max_seq_length", 4096], "4096 tokens are more than the model's 512"),
 ])
 def test_prompts_longer_than_the_cache(flags: list, message: str, command: Callable[..., Ran], tiny_checkpoint: Path) -> None:

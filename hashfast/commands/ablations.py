@@ -49,10 +49,12 @@ def main() -> None:
         from hashfast.research.report import ablations_table, save_results
         from hashfast.research.training import TrainConfig, check_model
         from hashfast.runtime.checkpoint import load_model
+        from hashfast.runtime.hub import checkpoint_folder
         from hashfast.runtime.signatures import model_outline
         from hashfast.runtime.tokenizer import Tokenizer
 
     args.device = find_device(args.device)
+    args.checkpoint_path = checkpoint_folder(args.checkpoint_path)
     shortest = args.context * min(ablations.VARIANTS[name].context_share for name in args.variants)
     if shortest < 2 * (args.sink + args.recent + 64):
         raise UserError(f"--context {args.context} leaves too few tokens to choose among; give a longer one")

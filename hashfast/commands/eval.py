@@ -107,7 +107,9 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
         if not path.is_file():
             raise UserError(f"no signatures file at {path}; train one with train_hash.py")
     with Progress("starting"):
+        from hashfast.runtime.hub import checkpoint_folder
         options.device = find_device(options.device)
+    options.checkpoint_path = checkpoint_folder(options.checkpoint_path)
     options.compile = options.compile and can_compile(options.device)
     if options.precision is None:
         options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"

@@ -37,12 +37,13 @@ def main() -> None:
 
         from hashfast.research.perplexity import measure, read_windows
         from hashfast.runtime.checkpoint import plan_loading
+        from hashfast.runtime.hub import checkpoint_folder
         from hashfast.runtime.quantize import check_folders, quantize_folder
 
     options.device = find_device(options.device)
     if options.precision is None:
         options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
-    source, out = options.checkpoint_path, options.out
+    source, out = checkpoint_folder(options.checkpoint_path), options.out
     check_folders(source, out)
     _, _, files = plan_loading(source)
     dtype = getattr(torch, options.precision)
