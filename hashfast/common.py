@@ -62,8 +62,10 @@ def run_command(main: Callable[[], None]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         open_streams()
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         sys.exit(fail(str(error)))
     except MemoryError:
