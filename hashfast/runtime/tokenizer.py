@@ -287,7 +287,8 @@ def _sentencepiece(content: bytes) -> _Backend:
 
 
 def _mistral_chat(messages: Messages) -> str:
-    """Mistral Instruct with tokenizers v2 and v3 (7B since v0.3): [INST] is one token, the system prompt joins the last turn."""
+    """Mistral Instruct with tokenizers v2 and v3 (7B since v0.3), where [INST] is one token. The system prompt joins the last
+    turn."""
     system = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
     turns = messages[bool(system):]
     if {turn["role"] for turn in turns} - {"user", "assistant"} or not turns or turns[-1]["role"] != "user":

@@ -372,7 +372,8 @@ def test_ids_agree_with_the_config_in_any_form(mistral_v3: Case, tmp_path: Path)
         bare.encode_chat(CHAT)
     with_bos = tokenizers.Tokenizer.from_str(content.decode())
     add_bos(with_bos, "<|im_start|>")
-    config = {"bos_token": {"__type": "AddedToken", "content": "<|im_start|>"}, "add_bos_token": False}  # tokenizer.json decides
+    # tokenizer.json decides whether a text begins with it
+    config = {"bos_token": {"__type": "AddedToken", "content": "<|im_start|>"}, "add_bos_token": False}
     folder = checkpoint(tmp_path / "bos", "tokenizer.json", with_bos.to_str().encode(), tokenizer_config=config,
                         config={"eos_token_id": 7})
     assert Tokenizer.load(folder).encode("x") == [257, *bare.encode("x")]
