@@ -160,11 +160,16 @@ class TextStream:
 # ---------------------------------------------------------------------------------------------------------- Hugging Face
 
 def _huggingface(folder: Path) -> _Backend:
-    """The folder's tokenizer by transformers, which takes 1 to 2 s to import: not before there is a text."""
+    """The folder's tokenizer by transformers, which takes a second to import: not before there is a text."""
     import transformers
 
     transformers.logging.set_verbosity_error()  # its advice is for programmers
-    config = None if (folder / "config.json").is_file() else transformers.PreTrainedConfig()
+    model, settings = (_read_json(folder / name) for name in ("config.json", "tokenizer_config.json"))
+    config = None
+    if model is None or (settings or {}).get("tokenizer_class"):
+        # Beside a class only the model's type counts. To read the rest would import torch's compiler, another second.
+        config = transformers.PreTrainedConfig(name_or_path=str(folder))
+        config.model_type = (model or {}).get("model_type", "")
     # The key, whatever its value, keeps it from another library for Mistral where mistral-common happens to be installed.
     loaded = transformers.AutoTokenizer.from_pretrained(
         folder, config=config, trust_remote_code=False, local_files_only=True, fix_mistral_regex=None)
