@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import CHATML, Ran
 from safetensors.torch import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers.pre_tokenizers import ByteLevel
 
-from conftest import CHATML, Ran
 from hashfast.commands.quantize import quantize_folder
 from hashfast.ops.quant_linear import Quantization
 from hashfast.runtime import distributed, tensor_parallel
@@ -70,6 +70,10 @@ def llama_like(*special: str, prepend: bool = False) -> str:
                    post_processor=bos, **{"normalizer": space} if prepend else {"pre_tokenizer": first})
 
 
+def old_llama_like() -> str:
+    return llama_like(*TURNS, prepend=True)
+
+
 def sentencepiece_model() -> bytes:
     """The same vocabulary as a tokenizer.model, without special tokens of chats."""
     proto = sentencepiece_model_pb2.ModelProto()
@@ -107,8 +111,8 @@ CASES: dict[str, tuple[Callable[[], str | bytes], dict[str, Any], str | None, li
     "tools and documents are none": (lambda: byte_level(*TURNS), {"tokenizer_config": PLAIN}, "tools",
         [41, 74], {1}),
     "special_tokens_map alone": (lambda: byte_level("<s>", "<e>"),
-        {"tokenizer_config": PLAIN, "special_tokens_map": {"bos_token": "<s>", "eos_token": {"content": "<e>"} | SPECIAL}}, "ends",
-        [0, 259, 258, 41, 74, 1], {1}),
+        {"tokenizer_config": PLAIN, "special_tokens_map": {"bos_token": "<s>", "eos_token": {"content": "<e>"} | SPECIAL}},
+        "ends", [0, 259, 258, 41, 74, 1], {1}),
     "added_tokens": (byte_level,
         {"tokenizer_config": PLAIN | {"eos_token": "<|im_end|>"}, "added_tokens": {"<|im_end|>": 258, "<|im_start|>": 259}},
         "chatml", [259, 257, 256, 198, 39, 72, 258, 198, 259, 64, 82, 82, 72, 82, 83, 64, 77, 83], {258}),
@@ -122,11 +126,11 @@ CASES: dict[str, tuple[Callable[[], str | bytes], dict[str, Any], str | None, li
         [1, 272, 259, 268, 270, 274, 264], {2}),
     "prefix space": (llama_like, {"tokenizer_config": LLAMA}, None,
         [1, 273, 259, 268, 270, 274, 264], {2}),
-    "Prepend, legacy false": (lambda: llama_like(*TURNS, prepend=True), {"tokenizer_config": ENDS | {"legacy": False}}, "chatml",
+    "Prepend, legacy false": (old_llama_like, {"tokenizer_config": ENDS | {"legacy": False}}, "chatml",
         [3, 264, 265, 276, 15, 274, 4, 15, 3, 268, 265, 265, 263, 265, 270, 268, 269, 270], {2, 4}),
-    "Prepend, legacy true": (lambda: llama_like(*TURNS, prepend=True), {"tokenizer_config": ENDS | {"legacy": True}}, "chatml",
+    "Prepend, legacy true": (old_llama_like, {"tokenizer_config": ENDS | {"legacy": True}}, "chatml",
         [3, 261, 264, 265, 276, 15, 274, 4, 261, 15, 3, 261, 268, 265, 265, 263, 265, 270, 268, 269, 270], {2, 4}),
-    "Prepend, legacy absent": (lambda: llama_like(*TURNS, prepend=True), {"tokenizer_config": ENDS}, "chatml",
+    "Prepend, legacy absent": (old_llama_like, {"tokenizer_config": ENDS}, "chatml",
         [3, 264, 265, 276, 15, 274, 4, 15, 3, 268, 265, 265, 263, 265, 270, 268, 269, 270], {2, 4}),
     "model, special_tokens_map alone": (sentencepiece_model,
         {"special_tokens_map": {"bos_token": "<s>", "eos_token": "<|im_end|>", "additional_special_tokens": TURNS}}, None,
@@ -178,7 +182,8 @@ def model(folder: Path, extra: dict[str, torch.Tensor] | None = None, **fields: 
     """A random Llama with `extra` tensors; a field of ... is left out of its config.json."""
     config = {name: value for name, value in (CONFIG | fields).items() if value is not ...}
     generator = torch.Generator().manual_seed(0)
-    shapes = {"model.embed_tokens": (64, 32), "model.norm": (32,)} | ({} if config["tie_word_embeddings"] else {"lm_head": (64, 32)})
+    shapes = {"model.embed_tokens": (64, 32), "model.norm": (32,)}
+    shapes |= {} if config["tie_word_embeddings"] else {"lm_head": (64, 32)}
     for i in range(2):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in {
             "input_layernorm": (32,), "post_attention_layernorm": (32,), "self_attn.q_proj": (32, 32), "mlp.up_proj": (48, 32),

@@ -98,20 +98,13 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def byte_level_tokenizer(ranks: dict[bytes, int], special: dict[str, int], pattern: str) -> tokenizers.Tokenizer:
-    """The tokenizer.json form of tiktoken ranks: the merge of a token is the last one that tiktoken does to build it."""
+    """The tokenizer.json form of tiktoken ranks: tiktoken merges any two parts that make a token, the lowest rank first."""
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     chars = {byte: chr(byte) for byte in kept} | {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(kept)))}
-    merges = []
-    for token in ranks:
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
-            if parts[best] + parts[best + 1] not in ranks:  # Llama 3 has a few tokens that no merges make
-                break
-            parts[best:best + 2] = [parts[best] + parts[best + 1]]
-        if len(parts) == 2:
-            merges.append(tuple("".join(chars[byte] for byte in part) for part in parts))
-    vocabulary = {"".join(chars[byte] for byte in token): rank for token, rank in ranks.items()}
+    names = {token: "".join(chars[byte] for byte in token) for token in ranks}
+    merges = [(names[token[:i]], names[token[i:]]) for token in sorted(ranks, key=ranks.__getitem__)
+              for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+    vocabulary = {names[token]: rank for token, rank in ranks.items()}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
