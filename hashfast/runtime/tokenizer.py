@@ -84,7 +84,7 @@ class Tokenizer:
         path = next((folder / name for name in VOCABULARIES if (folder / name).is_file()), None)
         if path is None:
             raise UserError(f"no tokenizer in {folder}: looked for {', '.join(VOCABULARIES)}; download the model's own")
-        content = _read(path) if path.name == "tokenizer.model" else b""
+        content = _read(path)
         ends = [*_end_ids(folder / "generation_config.json"), *_end_ids(folder / "config.json")]
         has_settings = [_read_json(folder / name) is not None for name in SETTINGS[:3]]
         original = path.name == "tokenizer.model" and not (any(has_settings) or (folder / SETTINGS[3]).is_file())
@@ -163,7 +163,6 @@ def _huggingface(folder: Path) -> _Backend:
     """The folder's tokenizer by transformers, which takes a second to import: not before there is a text."""
     import transformers
 
-    transformers.logging.set_verbosity_error()  # its advice is for programmers
     model, settings = (_read_json(folder / name) for name in ("config.json", "tokenizer_config.json"))
     config = None
     if model is None or (settings or {}).get("tokenizer_class"):
@@ -171,8 +170,13 @@ def _huggingface(folder: Path) -> _Backend:
         config = transformers.PreTrainedConfig(name_or_path=str(folder))
         config.model_type = (model or {}).get("model_type", "")
     # The key, whatever its value, keeps it from another library for Mistral where mistral-common happens to be installed.
-    loaded = transformers.AutoTokenizer.from_pretrained(
-        folder, config=config, trust_remote_code=False, local_files_only=True, fix_mistral_regex=None)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its advice is for programmers
+    try:
+        loaded = transformers.AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=False, local_files_only=True, fix_mistral_regex=None)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     tokenizer = loaded.backend_tokenizer
     tokenizer.no_truncation()
     tokenizer.no_padding()
