@@ -86,7 +86,7 @@ class Tokenizer:
             raise UserError(f"no tokenizer in {folder}: looked for {', '.join(VOCABULARIES)}; download the model's own")
         content = _read(path)
         ends = [*_end_ids(folder / "generation_config.json"), *_end_ids(folder / "config.json")]
-        has_settings = [_read_json(folder / name) is not None for name in SETTINGS[:3]]
+        has_settings = [_read_json(folder / name) is not None for name in SETTINGS[:3]]  # transformers' errors name no file
         original = path.name == "tokenizer.model" and not (any(has_settings) or (folder / SETTINGS[3]).is_file())
         try:
             if path.parent == folder and not original:
@@ -177,7 +177,9 @@ def _huggingface(folder: Path) -> _Backend:
             folder, config=config, trust_remote_code=False, local_files_only=True, fix_mistral_regex=None)
     finally:
         transformers.logging.set_verbosity(verbosity)
-    tokenizer = loaded.backend_tokenizer
+    tokenizer = getattr(loaded, "backend_tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(f"its class {type(loaded).__name__} does not run on the tokenizers library")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {"type": "none"}
