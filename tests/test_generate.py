@@ -583,7 +583,7 @@ def test_damaged_checkpoints(damage: str, message: str, command: Callable[..., R
     ({"num_attention_heads": "four"}, "num_attention_heads must be a whole number"),
     ({"qk_norm": True}, "qk_norm is not supported"),
     ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "RoPE type 'longrope'"),
-    ({"novel_field": 1}, "unknown field 'novel_field'"),
+    ({"clip_qkv": 8.0}, "clip_qkv is not supported"),
     ({"intermediate_size": 65}, "take both from the same model"),
 ])
 def test_unsupported_configs(fields: dict, message: str, command: Callable[..., Ran],
