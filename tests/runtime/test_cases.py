@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers.pre_tokenizers import ByteLevel
 
-from hashfast.commands.quantize import quantize_folder
 from hashfast.runtime import distributed, tensor_parallel
 from hashfast.runtime.checkpoint import load_model
+from hashfast.runtime.quantize import quantize_folder
 from hashfast.runtime.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------ tokenizers
