@@ -69,7 +69,8 @@ def test_a_mistake_as_a_user_sees_it(tmp_path: Path) -> None:
     child = process("--checkpoint_path", tmp_path / "nowhere")
     out, err = child.communicate()
     assert (child.returncode, out) == (2, b"")
-    assert err.decode() == f"error: no folder {tmp_path / 'nowhere'}; give a folder in the Hugging Face layout\n"
+    *_, last = err.decode().splitlines()  # a slow machine says before that it is loading
+    assert last == f"error: no folder {tmp_path / 'nowhere'}; give a folder in the Hugging Face layout"
 
 
 def test_interrupted_while_it_streams(checkpoint_copy: Callable[..., Path]) -> None:
@@ -590,7 +591,7 @@ def test_damaged_checkpoints(damage: str, message: str, command: Callable[..., R
     ({"num_attention_heads": "four"}, "num_attention_heads must be a whole number"),
     ({"qk_norm": True}, "qk_norm is not supported"),
     ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "RoPE type 'longrope'"),
-    ({"novel_field": 1}, "unknown field 'novel_field'"),
+    ({"clip_qkv": 8.0}, "clip_qkv is not supported"),
     ({"intermediate_size": 65}, "take both from the same model"),
 ])
 def test_unsupported_configs(fields: dict, message: str, command: Callable[..., Ran],

@@ -15,7 +15,7 @@ from triton.language.extra import libdevice
 from hashfast.kernels.launch import INTERPRETED, balanced_splits, checked_rows, pdl_options, pdl_wait, portable
 from hashfast.kernels.score_ptx import mma_histogram, mma_scores, packed_bins, store_mma_histogram
 
-CHUNK = 1024  # tokens scored, then compacted, at a time: by two warps, 16 a lane, then by one, 32 a lane
+CHUNK = tl.constexpr(1024)  # tokens scored, then compacted, at a time: by two warps, 16 a lane, then by one, 32 a lane
 BINS = tl.constexpr(64)  # hash_attention.NUM_BINS; counted as a table of 8 x 8
 
 
@@ -34,9 +34,9 @@ def blocks_per_row(rows: int, S: int, recent: int) -> int:
     # the limits lie between powers of two: a cache has some tokens more than the context it is made for
     millions = rows * S / 2 ** 20
     programs = 256 if millions < 0.75 else 512 if millions < 1.5 else 1024 if millions < 12 else 4096
-    chunks = max(1, triton.cdiv(S - recent, CHUNK))  # the last tokens do not compete
+    chunks = max(1, triton.cdiv(S - recent, CHUNK.value))  # the last tokens do not compete
     n_blocks = min(balanced_splits(chunks, programs // rows), 256)  # the second kernel reads the counts of all
-    return max(n_blocks, triton.cdiv(S, (2 ** 16 - 1) // CHUNK * CHUNK))  # a count has 16 bits
+    return max(n_blocks, triton.cdiv(S, (2 ** 16 - 1) // CHUNK.value * CHUNK.value))  # a count has 16 bits
 
 
 # ----------------------------------------------------------------------------------------------------- both kernels' parts
@@ -55,8 +55,7 @@ def popcount(x):
 
 
 @triton.jit
-def block_range(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent, HEADS: tl.constexpr, PER_HEAD: tl.constexpr,
-                CHUNK: tl.constexpr):
+def block_range(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent, HEADS: tl.constexpr, PER_HEAD: tl.constexpr):
     """(length, low, high, filled, start, stop) of a row and block.
 
     [low, high): the tokens that compete, those before and after being always in; empty where all tokens fit.
@@ -122,7 +121,7 @@ def _masked(words, signs, mask, W: tl.constexpr):
 @triton.jit
 def _score_kernel(planes, signatures, seq_lens, bins, counts, budgets, budget, K, sink, recent, S, x_b, x_h, x_s, bins_row,
                   HEADS: tl.constexpr, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, PER_HEAD: tl.constexpr,
-                  BLOCKS: tl.constexpr, EARLY: tl.constexpr, CHUNK: tl.constexpr, PORTABLE: tl.constexpr, PDL: tl.constexpr):
+                  BLOCKS: tl.constexpr, EARLY: tl.constexpr, PORTABLE: tl.constexpr, PDL: tl.constexpr):
     """The bins of tokens, bytes, in whole chunks; 0 for those that do not compete. And uint16 counts [1 + 8, BLOCKS, 8] of the
     competing tokens of each block: first those in each eight bins or beyond, then, for each eight, those in each bin or beyond
     in the same eight.
@@ -135,7 +134,7 @@ def _score_kernel(planes, signatures, seq_lens, bins, counts, budgets, budget, K
     if not EARLY:
         pdl_wait(PDL)
     _, low, high, _, start, stop = block_range(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
-                                               HEADS, PER_HEAD, CHUNK)
+                                               HEADS, PER_HEAD)
     signatures += (row // HEADS) * x_b + (row % HEADS) * x_h
     # as far as memory can be read, not up to `stop`: a mask with an unaligned bound keeps loads from being vectorised
     words = _load_words(signatures, start + tl.arange(0, CHUNK), x_s, S, W)
@@ -199,15 +198,16 @@ def readable_tokens(signatures: Tensor) -> int:
     return rounded if end < signatures.untyped_storage().nbytes() // 4 else S
 
 
-def launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, selection: Selection, n_blocks: int, *,
-                 chunk: int = CHUNK, num_warps: int = 2) -> tuple[Tensor, Tensor]:
+def launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, selection: Selection,
+                 n_blocks: int) -> tuple[Tensor, Tensor]:
     """planes int32 [B, Hs, 1 + P, W], signatures int32 [B, Hs, S, W], seq_lens int32 [B]
     -> bins uint8 [B * Hs, S rounded up] and counts uint16 [B * Hs, 1 + 8, n_blocks rounded up, 8].
     """
     B, HEADS, S, W = signatures.shape
-    chunks = triton.cdiv(S, chunk)
-    assert triton.cdiv(chunks, n_blocks) * chunk < 2 ** 16  # counts
-    bins_row = chunks * chunk  # whole chunks, so that no access needs a mask
+    chunks = triton.cdiv(S, CHUNK.value)
+    assert triton.cdiv(chunks, n_blocks) * CHUNK.value < 2 ** 16  # counts
+    bins_row = chunks * CHUNK.value  # whole chunks, so that no access needs a mask
+    plain = portable(planes.device)
     bins = torch.empty((B * HEADS, bins_row), dtype=torch.uint8, device=planes.device)
     blocks = triton.next_power_of_2(n_blocks)
     counts = torch.empty((B * HEADS, 1 + 8, blocks, 8), dtype=torch.uint16, device=planes.device)
@@ -215,6 +215,5 @@ def launch_score(planes: Tensor, signatures: Tensor, seq_lens: Tensor, selection
         planes.contiguous(), checked_rows(signatures), seq_lens, bins, counts, selection.budgets, selection.budget, selection.K,
         selection.sink, selection.recent, readable_tokens(signatures), *signatures.stride()[:3], bins_row,
         HEADS=HEADS, P=planes.shape[2] - 1, W=W, SHIFT=selection.shift, PER_HEAD=selection.budgets is not None, BLOCKS=blocks,
-        EARLY=selection.recent >= 1, CHUNK=chunk, PORTABLE=portable(planes.device),
-        num_warps=num_warps, **pdl_options(planes.device))
+        EARLY=selection.recent >= 1, PORTABLE=plain, num_warps=4 if plain else 2, **pdl_options(planes.device))
     return bins, counts

@@ -10,7 +10,6 @@ from torch import Tensor
 from hashfast.kernels.launch import pdl_options, pdl_wait, portable
 from hashfast.kernels.score import CHUNK, Selection, block_range, blocks_per_row, launch_score, popcount
 
-_CHUNK = tl.constexpr(CHUNK)
 # Above this, prefetching the selected keys into L2 slows selection by at least what attention gains (on an H200).
 _PREFETCH_BYTES = 12 * 2 ** 20
 
@@ -51,7 +50,7 @@ def _threshold(counts, n_blocks, wanted, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _load_group(bins, first, stop):
-    """The bins of 32 tokens as 8 words, from `first` [_CHUNK / 32] on; zeros where the first of them is at `stop` or beyond.
+    """The bins of 32 tokens as 8 words, from `first` [CHUNK / 32] on; zeros where the first of them is at `stop` or beyond.
 
     Word by word, so that each thread holds all of a group: a sum over a second dimension would leave the result in a slice
     layout, which every store after it has to convert.
@@ -64,7 +63,7 @@ def _load_group(bins, first, stop):
 
 @triton.jit
 def _bits(words, bin):
-    """words as `_load_group` gives them -> int32 [_CHUNK / 32], one bit per token: is it in `bin` (0 .. 64) or beyond?
+    """words as `_load_group` gives them -> int32 [CHUNK / 32], one bit per token: is it in `bin` (0 .. 64) or beyond?
 
     Four are compared at once: adding 128 - bin to each byte sets its top bit where the byte is at least `bin`, and never
     reaches the next byte.
@@ -97,17 +96,17 @@ def _write_selected(bins, words, indices, start, stop, low, bin, sure, ties, tie
                     LINES: tl.constexpr):
     """Write the selected positions of [start, stop), from `low` on, in ascending order, and prefetch their keys.
 
-    words: the first _CHUNK bins.  bin: the threshold.  sure: slots filled before `start`, by position or by tokens beyond it.
+    words: the first CHUNK bins.  bin: the threshold.  sure: slots filled before `start`, by position or by tokens beyond it.
     ties: tokens in it before `start`.
     Few tokens are selected, so a thread looks at 32 of them as the bits of a word and then writes bit after bit.
     """
-    for first in range(start, stop, _CHUNK):
-        token = first + 32 * tl.arange(0, _CHUNK // 32)  # the first one of each group
-        following = _load_group(bins, token + _CHUNK, stop)
+    for first in range(start, stop, CHUNK):
+        token = first + 32 * tl.arange(0, CHUNK // 32)  # the first one of each group
+        following = _load_group(bins, token + CHUNK, stop)
         competing = _below(stop - token) & ~_below(low - token)
         is_sure = _bits(words, bin + 1) & competing
         left = _bits(words, bin) & competing
-        # one scan for both counts: _CHUNK fits into 16 bits
+        # one scan for both counts: CHUNK fits into 16 bits
         both = popcount(is_sure) + (popcount(left ^ is_sure) << 16)
         earlier = tl.cumsum(both, axis=0) - both
         ties_here = ties + (earlier >> 16)
@@ -134,26 +133,26 @@ _FEW = tl.constexpr(32)  # tokens or slots that a block fills in at a time, wher
 @triton.jit
 def _compact_kernel(seq_lens, bins, counts, indices, budgets, budget, K, sink, recent, bins_row, keys, values,
                     k_b, k_h, k_s, v_b, v_h, v_s, HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, PER_HEAD: tl.constexpr,
-                    BLOCKS: tl.constexpr, LINES: tl.constexpr, SELECTED_LINES: tl.constexpr, CHUNK: tl.constexpr,
+                    BLOCKS: tl.constexpr, LINES: tl.constexpr, SELECTED_LINES: tl.constexpr,
                     PDL: tl.constexpr):
     """The selected positions in ascending order: every block knows from the counts where its own begin.
 
     This kernel is latency bound. So it prefetches into L2 what attention reads next: keys and values of the tokens that are in
-    by their position, rows of LINES x 128 bytes, and the keys of the selected ones, SELECTED_LINES. 0: none. CHUNK: of scoring.
+    by their position, rows of LINES x 128 bytes, and the keys of the selected ones, SELECTED_LINES. 0: none.
     """
     block, n_blocks = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
     length, low, high, filled, start, stop = block_range(row, block, n_blocks, seq_lens, budgets, budget, K, sink, recent,
-                                                         HEADS, PER_HEAD, CHUNK)
+                                                         HEADS, PER_HEAD)
     if LINES > 0:
         keys += (row // HEADS) * k_b + (row % HEADS) // HEADS_PER_KV * k_h
         values += (row // HEADS) * v_b + (row % HEADS) // HEADS_PER_KV * v_h
     pdl_wait(PDL)  # the kernel before writes bins and counts alone
-    start = tl.maximum(start, low // _CHUNK * _CHUNK)
+    start = tl.maximum(start, low // CHUNK * CHUNK)
     bins = (bins + row * bins_row).to(tl.pointer_type(tl.int32))
     counts += row * 9 * BLOCKS * 8
     indices += row * K
-    words = _load_group(bins, start + 32 * tl.arange(0, _CHUNK // 32), stop)
+    words = _load_group(bins, start + 32 * tl.arange(0, CHUNK // 32), stop)
     wanted = filled - (length - (high - low))
     bin, above, ties, ties_wanted = _threshold(counts, n_blocks, wanted, BLOCKS)
     before = tl.arange(0, BLOCKS) < block
@@ -181,7 +180,7 @@ def _compact_kernel(seq_lens, bins, counts, indices, budgets, budget, K, sink, r
 
 
 def launch_compact(bins: Tensor, counts: Tensor, seq_lens: Tensor, selection: Selection, n_blocks: int,
-                   caches: tuple[Tensor, Tensor] | None = None, *, chunk: int = CHUNK) -> Tensor:
+                   caches: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """The results of `launch_score` with the same arguments, counts [B * Hs, ...] -> indices int32 [B, Hs, K].
 
     caches: keys and values [B, Hkv, S, D], of which rows are prefetched into L2.
@@ -203,7 +202,7 @@ def launch_compact(bins: Tensor, counts: Tensor, seq_lens: Tensor, selection: Se
     _compact_kernel[(n_blocks, rows)](
         seq_lens, bins, counts, indices, selection.budgets, selection.budget, K, selection.sink, selection.recent,
         bins.shape[1], keys, values, *strides, HEADS=HEADS, HEADS_PER_KV=heads_per_kv, PER_HEAD=selection.budgets is not None,
-        BLOCKS=counts.shape[2], LINES=lines, SELECTED_LINES=selected_lines, CHUNK=chunk, num_warps=1,
+        BLOCKS=counts.shape[2], LINES=lines, SELECTED_LINES=selected_lines, num_warps=1,
         **pdl_options(bins.device))
     return indices
 

@@ -57,7 +57,7 @@ def weight_bytes(model: Transformer) -> int:
 def prefill_bytes(model: Transformer, chunk: int) -> int:
     """An upper estimate of what reading `chunk` prompt tokens at a time takes, whatever the prompt's length.
 
-    The widest moment is the feed-forward: gate and up, their product, the residual and norm; float32 copies where not fused.
+    Activations peak in the feed-forward: gate and up, their product, the residual and norm; float32 copies where not fused.
     Of quantised weights many rows are multiplied by a copy in full.
     """
     args = model.args

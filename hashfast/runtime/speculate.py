@@ -7,8 +7,8 @@ self    the model drafts for itself: same weights, same cache, but each draft st
 draft   a smaller model of the same vocabulary, with a cache of its own, which may be dense or sparse
 
 Verifying is dense, and rejection sampling (Leviathan et al., arXiv 2211.17192) keeps the dense model's distribution exactly,
-whatever the drafts are; greedy tokens are its argmax at every position. What the drafts wrote into a shared cache, the
-verifying pass writes again from hidden states of dense attention: keys, values and signatures.
+whatever the drafts are; greedy tokens are its argmax at every position. The verify pass overwrites the
+drafts' K, V and signatures in a shared cache by those of dense attention's hidden states.
 
 A round (drafting, verifying, accepting) has static shapes and no host sync: one CUDA graph on a GPU. Every sequence accepts
 as many tokens as it does, so lengths differ within a batch; they live on the device.

@@ -12,7 +12,8 @@ from hashfast.kernels import linear as kernels  # noqa: E402
 from hashfast.kernels import linear_ptx  # noqa: E402
 from hashfast.ops.linear import KERNEL_ROWS, linear_reference  # noqa: E402
 
-TOLERANCE = 5e-3 if GPU else 2e-2  # Triton's interpreter rounds to bfloat16 towards zero
+TOLERANCE = 5e-3 if GPU else 2e-2  # of one product; Triton's interpreter rounds to bfloat16 towards zero
+pytestmark = pytest.mark.usefixtures("seeded")
 KINDS = ("norm bias", "norm gated", "add", "norm gated add")
 CASES = list(itertools.product(KINDS, [(96, 64), (37, 200), (9, 1312)], [1, 3, 16])) if GPU else [
     ("norm bias", (37, 64), 1), ("norm gated", (37, 200), 3), ("add", (9, 1312), 16), ("norm gated add", (37, 200), 1),
@@ -35,7 +36,7 @@ def check(run: partial, M: int, N: int, K: int, kind: str) -> None:
     expected = linear_reference(*wide, 1e-5, None if residual is None else residual.double(), gated)
     assert got.dtype == torch.bfloat16 and got.shape == (M, 1, N)
     torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=6e-2)
-    assert (got.double() - expected).norm() < TOLERANCE * expected.norm()
+    assert (got.double() - expected).norm() < TOLERANCE * (2 if gated else 1) * expected.norm()
     if GPU:
         assert torch.equal(got, run(x, weight, bias, norm, 1e-5, residual, gated))
 
