@@ -132,9 +132,9 @@ def read_file(path: str | Path, wanted: str, limit: int = 2 ** 30) -> bytes:
 
 
 def text_of(content: bytes, name: str | Path, wanted: str) -> str:
-    """UTF-8 text, with or without a byte order mark. UserError where it is none."""
+    """UTF-8 text, with or without a byte order mark; lines end in \\n. UserError where it is none."""
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {name}: not UTF-8 at byte {error.start}; {wanted}") from error
 

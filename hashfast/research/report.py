@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hashfast.common import UserError, atomic_path, command_line
+from hashfast.common import UserError, atomic_path, command_line, read_file
 
 
 def save_results(path: Path, about: dict[str, object], rows: list[dict], *launch: str) -> None:
@@ -302,13 +302,14 @@ TABLES = {
 
 
 def read_results(path: Path) -> dict:
+    wanted = "give files that --json wrote"
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(read_file(path, wanted))
         for name in ("gpu", "torch", "triton", "commit", "command"):
             result[name].split()
         result["rows"][0].keys()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read {path} ({type(error).__name__}: {error}); give files that --json wrote") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"cannot read {path} ({type(error).__name__}: {error}); {wanted}") from error
     return result
 
 

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import reprlib
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from hashfast.common import UserError
+from hashfast.common import UserError, read_file
 from hashfast.model import ModelArgs, RopeScaling, Transformer
 from hashfast.ops.quant_linear import swap_linears
 from hashfast.runtime import distributed, tensor_parallel
@@ -263,13 +264,17 @@ def _warn_unknown(names: tuple[str, ...], where: str) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    wanted = "give a folder in the Hugging Face layout"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        path.stat()
     except FileNotFoundError as error:
-        wanted = f"no {path.name} in {path.parent}" if path.parent.is_dir() else f"no folder {path.parent}"
-        raise UserError(f"{wanted}; give a folder in the Hugging Face layout") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; give a folder in the Hugging Face layout") from error
+        lacking = f"no {path.name} in {path.parent}" if path.parent.is_dir() else f"no folder {path.parent}"
+        raise UserError(f"{lacking}; {wanted}") from error
+    except (OSError, ValueError):
+        pass  # read_file says it
+    content = read_file(path, wanted)
+    try:
+        values = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(values, dict):
@@ -607,6 +612,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _opened(file: Path) -> safe_open:
+    if not file.is_file() or not os.access(file, os.R_OK):
+        reason = "permission denied; let this user read it" if file.is_file() else "not a regular file; download it again"
+        raise UserError(f"cannot read {file}: {reason}")
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

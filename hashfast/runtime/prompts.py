@@ -40,10 +40,10 @@ def read_lines(path: Path) -> dict[int, str | list[dict] | list[int]]:
 
 def plain_message(message: dict[str, Any]) -> dict[str, Any]:
     """A message whose content is text: parts {"type": "text", "text": ..} are joined, null is no text. Else ValueError."""
-    parts = message["content"]
-    if not isinstance(parts, list):
-        parts = ["" if parts is None else parts]
-    texts = [part["text"] if isinstance(part, dict) and part.get("type", "text") == "text" else part for part in parts]
+    content = message["content"]
+    texts = ["" if content is None else content]
+    if isinstance(content, list):
+        texts = [part["text"] if isinstance(part, dict) and part.get("type", "text") == "text" else part for part in content]
     if not isinstance(message["role"], str) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"a message needs a role and a content of text alone, not {str(message)[:80]}")
     return message | {"content": "".join(texts)}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hashfast.common import UserError
+from hashfast.common import UserError, time_limit
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # with it, a later fork prints a warning
 
@@ -24,6 +24,8 @@ Messages = list[dict[str, Any]]  # of a chat: {"role", "content"} each
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model", "vocab.json", "tekken.json")
 # With one of these beside it, a tokenizer.model is in Hugging Face's layout.
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+LARGEST_VOCABULARY = 2 ** 24
+TEMPLATE_SECONDS = 10.0  # after which a chat template is taken to have no end
 # Tokens that end a text or a turn. Configs often name only one of those that a model really emits.
 END_TOKENS = ("</s>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|endoftext|>")
 
@@ -73,6 +75,8 @@ class Tokenizer:
     def __init__(self, backend: _Backend, stop_ids: Iterable[int]) -> None:
         self._backend = backend
         self.vocab_size = max(backend.pieces) + 1
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise ValueError(f"token id {self.vocab_size - 1} is beyond any vocabulary")
         self.bos_id = backend.bos_id
         self.eos_id = backend.eos_id
         self.stop_ids = frozenset({*backend.stop_ids, *stop_ids})
@@ -126,7 +130,8 @@ class Tokenizer:
         if self._backend.chat_text is None:
             raise UserError("this checkpoint has no chat template (chat_template in tokenizer_config.json); use a plain prompt")
         try:
-            return self._backend.chat_text(messages)
+            with time_limit(TEMPLATE_SECONDS):
+                return self._backend.chat_text(messages)
         except Exception as error:  # a template can fail like any code: bad syntax, a missing role, None + str
             reason = " ".join(str(error).split())
             raise UserError(f"the chat template refuses these messages: {reason}; check their roles and order") from error
