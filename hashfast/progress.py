@@ -5,6 +5,10 @@ import threading
 import time
 
 
+DELAY = 2.0  # seconds before it is said
+EVERY = 0.5
+
+
 class Progress:
     """Says on stderr what a block is doing, once that has taken 2 s: on a terminal one line that counts, wiped at the end.
 
@@ -35,7 +39,7 @@ class Progress:
 
     def _show(self) -> None:
         stream = sys.stderr
-        if self.ended.wait(2):
+        if self.ended.wait(DELAY):
             return
         with contextlib.suppress(OSError, ValueError):  # nobody reads it
             if not stream.isatty():
@@ -43,6 +47,6 @@ class Progress:
                 return
             while True:
                 print(f"\r{self._line()}\x1b[K", end="", file=stream, flush=True)
-                if self.ended.wait(0.5):
+                if self.ended.wait(EVERY):
                     break
             print("\r\x1b[K", end="", file=stream, flush=True)

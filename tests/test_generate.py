@@ -1,5 +1,6 @@
 """The command line as users run it: what it prints, what it reports, and one line for every mistake."""
 import functools
+import io
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,11 +24,11 @@ from hashfast.common import UserError
 from hashfast.generate import parse_options
 from hashfast.hash_attention import HashConfig
 from hashfast.model import Fingerprint, ModelArgs, SparseSettings, Transformer
-from hashfast.runtime import memory, session
+from hashfast.runtime import memory, session, signatures
 from hashfast.runtime.checkpoint import PRESETS, load_model
 from hashfast.runtime.memory import sparse_settings
-from hashfast.runtime.prompts import NewText
-from hashfast.runtime.sampling import Sampling, sample
+from hashfast.runtime.prompts import Display, NewText
+from hashfast.runtime.sampling import Sampling, probabilities, sample
 from hashfast.runtime.session import DecodeOptions, Session
 from hashfast.runtime.signatures import load_signatures, random_encoders, save_signatures
 from hashfast.runtime.tokenizer import Tokenizer
@@ -190,6 +192,110 @@ def test_extreme_temperatures(temperature: float) -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, -float("inf")]]).expand(100, -1)
     chosen = sample(logits, Sampling(temperature, top_k=3))
     assert set(chosen.tolist()) == ({1} if temperature < 1 else {0, 1, 2})
+
+
+def test_top_p_keeps_the_fewest_tokens_of_that_probability() -> None:
+    """As the definition over all subsets says; after temperature and top-k; no probability is lost."""
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.6, 0.1, 0.2]]).log()
+    for p, kept in ((1e-6, [[0], [1]]), (0.4, [[0], [1]]), (0.41, [[0, 1], [1]]), (0.7001, [[0, 1, 2], [1, 3]]),
+                    (1.0, [[0, 1, 2, 3]] * 2)):
+        found = probabilities(logits, Sampling(1.0, None, p))
+        assert [row.nonzero().flatten().tolist() for row in found] == kept
+        torch.testing.assert_close(found.sum(-1), torch.ones(2))
+    narrow = probabilities(logits, Sampling(1.0, 2, 0.58))  # of the two likeliest the first has 4/7 and 3/4
+    assert [row.nonzero().flatten().tolist() for row in narrow] == [[0, 1], [1]]
+    many = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    ranked, order = many.softmax(-1).sort(descending=True)
+    for row, p in zip(probabilities(many, Sampling(1.0, None, 0.5)), ranked, strict=True):
+        assert (row > 0).sum() == int((p.cumsum(0) < 0.5).sum()) + 1
+
+
+def test_stop_texts(run: Callable[..., Ran], tiny_checkpoint: Path) -> None:
+    """An answer ends before the first of them, shown or in JSON, alone, in a batch and speculating; nothing of one is shown."""
+    flags = ("--temperature", 1.5, "--prompt", "Hello", "--batch_size", 2, "--max_new_tokens", 60)
+    free = run(*flags, prompt=())
+    whole, other = free.json["text"]
+    at = next(i for i in range(5, len(whole) - 3) if "\ufffd" not in whole[i:i + 3] and whole.index(whole[i:i + 3]) == i
+              and whole[i:i + 3] not in other and whole[i:i + 3].isprintable())
+    stop = whole[at:at + 3]
+    ran = run(*flags, "--stop", "not there", "--stop", stop, prompt=())
+    assert ran.json["text"] == [whole[:at], other]
+    assert ran.out.startswith(whole[:at] + "\n{")
+    assert len(ran.tokens[0]) < len(free.tokens[0]) and ran.tokens[0] == free.tokens[0][:len(ran.tokens[0])]
+    assert ran.tokens[1] == free.tokens[1]
+    greedy = run().json["text"][0]
+    stop = next(greedy[i:i + 2] for i in range(4, 20) if "\ufffd" not in greedy[i:i + 2])
+    for flags in ((), ("--speculate", "self", "--sparsity", 2)):
+        assert run("--stop", stop, *flags).json["text"] == [greedy[:greedy.index(stop)]]
+
+
+def test_what_may_begin_a_stop_text_is_held_back(tiny_checkpoint: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_checkpoint)
+
+    def parts(text: str, *stop: str) -> list[str]:
+        stream = NewText(tokenizer, [], stop)
+        return [*map(stream.put, tokenizer.encode(text)), stream.end()]
+
+    assert parts("ab--c", "---") == ["a", "b", "", "", "--c", ""]
+    assert parts("ab---c", "---") == ["a", "b", "", "", "", "", ""]
+    assert parts("ab--", "---") == ["a", "b", "", "", "--"]
+    assert "".join(parts("aab", "aab", "ab")) == "" and "".join(parts("xabab", "bc")) == "xabab"
+
+
+def test_prompts_from_standard_input(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = run().tokens
+    text = "The quick brown fox jumps over the lazy dog."
+    for flags, content in ((("--prompt", "-"), text), (("--prompt_file", "-"), text),
+                           (("--prompts", "-"), json.dumps({"prompt": text}))):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + content.encode())))
+        assert run(*flags, prompt=()).tokens == wanted
+
+
+def test_a_number_is_text_where_there_is_a_tokenizer(run: Callable[..., Ran]) -> None:
+    assert run("--prompt", "1984", prompt=()).json["prompt_tokens"] == 4
+
+
+def test_system_prompts(run: Callable[..., Ran], tiny_checkpoint: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    ids = Tokenizer.load(tiny_checkpoint).encode_chat(messages)
+    ran = run("--prompt", "Hi", "--chat", "--system", "Be brief.", prompt=())
+    assert ran.json["prompt_sha256"] == run("--prompt_ids", ",".join(map(str, ids)), prompt=()).json["prompt_sha256"]
+
+
+def test_signatures_that_ship_are_found(run: Callable[..., Ran], tiny_checkpoint: Path, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the whole fingerprint, norms included; the listwise recipe's, one signature per KV head; named in one line."""
+    monkeypatch.setattr(signatures, "signature_files", functools.partial(signatures.signature_files, tmp_path))
+    model = load_model(tiny_checkpoint, "cpu", torch.float32).fingerprint()
+    flags = ("--attention", "hash", "--budget", 16, "--sink", 4, "--recent", 8)
+    other, shared = replace(model, norms="0" * 16), HashConfig(share="query")
+    for name, of, config, recipe in (("a", other, HashConfig(), "listwise"), ("b", model, HashConfig(), "hata"),
+                                     ("c", model, shared, "listwise")):
+        save_signatures(tmp_path / f"{name}.safetensors", random_encoders(config, of, 7), of, {"recipe": recipe})
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    assert run(*flags).err.startswith("warning: no signatures for this model, so random projections choose the tokens")
+    save_signatures(tmp_path / "d.safetensors", random_encoders(HashConfig(), model, 7), model, {"recipe": "listwise"})
+    ran = run(*flags)
+    assert ran.err.startswith(f"signatures: {tmp_path / 'd.safetensors'}\nmemory plan: ")
+    assert ran.tokens == run(*flags, "--signatures", tmp_path / "d.safetensors").tokens != run().tokens
+
+
+def test_models_and_signatures_that_fit(in_process: Callable[..., Ran], tiny_checkpoint: Path, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    from hashfast.commands import list as command
+
+    model = load_model(tiny_checkpoint, "cpu", torch.float32).fingerprint()
+    other = replace(model, norms="0" * 16)
+    for name, of in (("ours", model), ("theirs", other)):
+        save_signatures(tmp_path / f"{name}.safetensors", random_encoders(HashConfig(), of), of, {"recipe": "listwise"})
+    monkeypatch.chdir(tmp_path)
+    assert "no models in checkpoints/; `hashfast download` fetches one" in in_process(command.main, "list").out
+    (tmp_path / "checkpoints" / "owner").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "owner" / "tiny").symlink_to(tiny_checkpoint)
+    (tmp_path / "checkpoints" / "broken").mkdir()
+    (tmp_path / "checkpoints" / "broken" / "config.json").write_text("{}")
+    out = in_process(command.main, "list", "--signatures", tmp_path).out
+    assert "\ncheckpoints/owner/tiny: ours.safetensors\n" in out and "\ncheckpoints/broken: model_type is missing" in out
 
 
 def test_token_ids_need_no_tokenizer(run: Callable[..., Ran], checkpoint_copy: Callable[..., Path]) -> None:
@@ -386,6 +492,57 @@ def test_a_conversation_keeps_the_cache(command: Callable[..., Ran], tiny_checkp
     assert prompts[1] == tokenizer.encode_chat(messages)
     fresh = command(*flags, "--prompt_ids", ",".join(map(str, prompts[1])), "--json")
     assert fresh.tokens == [replies[1]]
+
+
+def test_commands_of_a_conversation(command: Callable[..., Ran], tiny_checkpoint: Path,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(generate, "answer", lambda session, messages, count: seen.append(list(messages)) or "yes")
+    lines(monkeypatch, "/help", "one", "/etc/hosts?", "/what", "/reset", "two", "/quit", "three")
+    ran = command("--checkpoint_path", tiny_checkpoint, "--interactive", "--system", "Be brief.")
+    turns = [[message["content"] for message in messages] for messages in seen]
+    assert turns == [["Be brief.", "one"], ["Be brief.", "one", "yes", "/etc/hosts?"], ["Be brief.", "two"]]
+    assert ran.code == 0 and ran.err.count("/reset  start the conversation again") == 2
+    assert "no command /what; there are\n" in ran.err
+
+
+def test_an_interrupted_answer_leaves_the_conversation(command: Callable[..., Ran], tiny_checkpoint: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was shown of it counts; a turn whose answer had not begun does not. The next answer is that of a fresh run."""
+    seen, put, prefill = [], Display.put, session.prefill
+    encode_chat = Tokenizer.encode_chat
+
+    def cut(self: Display, i: int, token: int, last: bool) -> None:
+        put(self, i, token, last)
+        if len(seen) == 1:
+            self.count = getattr(self, "count", 0) + 1
+            if self.count == 3:
+                raise KeyboardInterrupt
+
+    def cut_prefill(*args: object, **how: object) -> torch.Tensor:
+        logits = prefill(*args, **how)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return logits
+
+    def recorded(self: Tokenizer, messages: list[dict]) -> list[int]:
+        seen.append([dict(message) for message in messages])
+        return encode_chat(self, messages)
+
+    monkeypatch.setattr(Display, "put", cut)
+    monkeypatch.setattr(session, "prefill", cut_prefill)
+    monkeypatch.setattr(Tokenizer, "encode_chat", recorded)
+    lines(monkeypatch, "one", "two", "three")
+    flags = ("--checkpoint_path", tiny_checkpoint, "--temperature", 0, "--max_new_tokens", 12)
+    ran = command(*flags, "--interactive")
+    assert ran.code == 0, ran.err
+    roles = [[message["role"] for message in messages] for messages in seen]
+    assert roles == [["user"], ["user", "assistant", "user"], ["user", "assistant", "user"]]
+    assert seen[2][2]["content"] == "three"
+    ids = encode_chat(Tokenizer.load(tiny_checkpoint), seen[2])
+    fresh = command(*flags, "--prompt_ids", ",".join(map(str, ids)), "--json")
+    last = NewText(Tokenizer.load(tiny_checkpoint), []).whole(fresh.tokens[0])
+    assert ran.out.endswith(last + "\n")
 
 
 def test_a_conversation_ends(command: Callable[..., Ran], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
