@@ -4,7 +4,6 @@ import sys
 import threading
 import time
 
-
 DELAY = 2.0  # seconds before it is said
 EVERY = 0.5
 

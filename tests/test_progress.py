@@ -37,4 +37,5 @@ def test_it_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt), progress.Progress("compiling") as shown:
         time.sleep(0.05)
         raise KeyboardInterrupt
-    assert not shown.thread.is_alive() and stream.getvalue().startswith("\rcompiling: 0 s") and stream.getvalue().endswith("\x1b[K")
+    assert not shown.thread.is_alive()
+    assert stream.getvalue().startswith("\rcompiling: 0 s") and stream.getvalue().endswith("\x1b[K")

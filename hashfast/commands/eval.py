@@ -16,6 +16,7 @@ lm       tasks of lm-evaluation-harness: the prompt is read densely but for its 
 Every selector has the same budget, and one dense prefill of a text serves them all. --batch_size texts are decoded together.
 """
 import argparse
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -101,8 +102,10 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
         most = len(read_text(path).encode()) + 1  # a token is a byte at least
         if "last" in options and most < options.context:
             raise UserError(f"{path} has {most} tokens at most, fewer than --context {options.context}; give longer texts")
+    if options.command == "lm" and importlib.util.find_spec("lm_eval") is None:
+        raise UserError("the lm command needs lm-evaluation-harness; pip install lm-eval")
     if not options.signatures and {"hash", "hash_calibrated"} & {*options.selectors}:
-        raise UserError("--selector hash and hash_calibrated need --signatures FILE; train_hash.py writes one")
+        raise UserError("--selector hash and hash_calibrated need --signatures FILE; train one with train_hash.py, or use lsh")
     for path in options.signatures:
         if not path.is_file():
             raise UserError(f"no signatures file at {path}; train one with train_hash.py")
@@ -132,12 +135,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
         return grid(config, options.data, options.contexts, options.depths, options.samples, plot)
     if options.command == "recall":
         return recall(config, options.data, options.last, options.top, plot)
-    try:
-        from hashfast.research.harness import lm
-    except ModuleNotFoundError as error:
-        if error.name != "lm_eval":
-            raise
-        raise UserError("the lm command needs lm-evaluation-harness; pip install lm-eval") from error
+    from hashfast.research.harness import lm
+
     return lm(config, options.tasks, options.include_path, options.limit, options.tail, options.chat)
 
 
