@@ -66,7 +66,7 @@ class DecodeEvaluator:
     def __init__(self, config: EvalConfig, texts: int, data: Sequence[Path] = ()) -> None:
         """texts: how many there will be; at most config.batch_size of them are in the caches at a time.
 
-        data: those of them that have config.context tokens each, which `whole` then holds. All that can be wrong is found before
+        data: those of them that have config.context tokens each, which `whole` then holds. What can be wrong is found before
         weights are read.
         """
         self.config, self.context = config, config.context
