@@ -152,7 +152,7 @@ class KVCache(nn.Module):
         self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
         signatures = None
         if encoder is not None:
-            # a row of whole 64 bytes in memory: otherwise signatures are loaded one by one, not four at a time
+            # rows padded to 64 bytes, or loads of four signatures at a time are not vectorised
             shape = (batch, encoder.n_signature_head, length + -length % 16, encoder.config.words)
             signatures = torch.zeros(shape, device=device, dtype=torch.int32)[:, :, :length]
         self.register_buffer("signatures", signatures, persistent=False)

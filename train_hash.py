@@ -6,43 +6,52 @@ The model runs one layer at a time over all sequences, so that memory holds thei
 and values. The signatures file also holds the recall on held-out sequences, and budgets per layer and head made from it. In
 hashfast/research: data.py makes sequences, training.py trains a layer, recipes.py has the losses, recall.py measures.
 """
+# Modules that need torch are imported where they are used: `--help` and most mistakes do not wait for it.
 import argparse
 import hashlib
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
+from hashfast.common import Parser, UserError, check_writable, environment, find_device, run_command
+from hashfast.names import RECIPES
+from hashfast.progress import Progress
 
-from hashfast.common import Parser, UserError, check_device, check_writable, default_device, environment, run_command
-from hashfast.hash_attention import HashEncoder
-from hashfast.model import Transformer
-from hashfast.research.budgets import UNIT, calibrate
-from hashfast.research.data import DataConfig, Sequence, make_sequences, read_texts
-from hashfast.research.recall import layer_recall, table
-from hashfast.research.recipes import RECIPES
-from hashfast.research.resume import Partial
-from hashfast.research.training import TrainConfig, capture, check_model, train_layer
-from hashfast.runtime.checkpoint import load_model
-from hashfast.runtime.signatures import load_signatures, random_encoders, round_weights, save_signatures
-from hashfast.runtime.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hashfast.hash_attention import HashEncoder
+    from hashfast.model import Transformer
+    from hashfast.research.data import Sequence
+    from hashfast.research.resume import Partial
+    from hashfast.research.training import TrainConfig
 
 
-def train(model: Transformer, encoders: list[HashEncoder], training: list[Sequence], held_out: dict[str, list[Sequence]],
-          budget: int, config: TrainConfig, layers: list[int], partial: Partial) -> tuple[dict[str, list[dict]], Tensor]:
+def train(model: "Transformer", encoders: "list[HashEncoder]", training: "list[Sequence]",
+          held_out: "dict[str, list[Sequence]]", budget: int, config: "TrainConfig", layers: list[int],
+          partial: "Partial") -> "tuple[dict[str, list[dict]], Tensor]":
     """Train the encoders of `layers` in place and measure those of all layers; what `partial` holds is taken from there.
 
     budget: tokens at which recall is measured. -> by kind of held-out text, each layer's recall of the trained encoder and its
     bounds; recall by units of budget, float32 [n_layer, Hs, J].
     """
+    import torch
+    from tqdm import tqdm
+
+    from hashfast.research.recall import layer_recall
+    from hashfast.research.training import capture, train_layer
+    from hashfast.runtime.signatures import random_encoders, round_weights
+
     device = model.output.weight.device
     untrained = random_encoders(encoders[0].config, model.fingerprint(), config.seed + 1)
     recalls, curves = [], []
     sequences = training + [sequence for kept in held_out.values() for sequence in kept]
     progress = tqdm(capture(model, sequences), total=len(encoders), desc="layers", unit="layer")
     for i, (queries, keys, values) in enumerate(progress):
+        if not all(part.isfinite().all() for kind in (queries, keys, values) for part in kind):
+            raise UserError(f"layer {i} computes values that are not finite; the checkpoint is damaged, or too large for this "
+                            "--precision: download it again, or try float32")
         done = partial.load(i)
         if done is not None:
             state, recall = done
@@ -69,32 +78,36 @@ def train(model: Transformer, encoders: list[HashEncoder], training: list[Sequen
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint_path", type=Path, required=True, help="folder of the model in Hugging Face's format")
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="text files or globs to train on")
-    parser.add_argument("--out", type=Path, required=True, help="the signatures file to write")
-    parser.add_argument("--context", type=int, default=8192, help="tokens per training sequence (default: 8192)")
-    parser.add_argument("--sequences", type=int, default=16, help="training sequences (default: 16)")
-    parser.add_argument("--needles", type=float, default=0.3, help="share of them that are retrieval documents (default: 0.3)")
-    parser.add_argument("--recipe", choices=RECIPES, default="listwise", help="sets the defaults of the next five")
-    parser.add_argument("--bits", type=int, help="signature bits per token and signature head")
-    parser.add_argument("--query_bits", type=int, help="bits per query weight; 1 = signs alone")
-    parser.add_argument("--depth", type=int, help="layers of the encoders")
-    parser.add_argument("--hidden", type=int, help="width of their inner layers, where --depth is more than 1")
-    parser.add_argument("--share", choices=("kv", "query"), help="one signature per KV head or per query head")
-    parser.add_argument("--steps", type=int, default=300, help="training steps per layer (default: 300)")
-    parser.add_argument("--layers", type=int, nargs="+", help="train these alone; the others stay random projections")
-    parser.add_argument("--sink", type=int, default=64, help="first tokens that are always attended to (default: 64)")
-    parser.add_argument("--recent", type=int, default=128, help="last tokens that are always attended to (default: 128)")
-    parser.add_argument("--resume", action="store_true", help="go on from the layers that OUT.partial holds")
-    parser.add_argument("--calibrate", action="store_true", help="measure --out as it is: held-out figures and budgets anew")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default=default_device())
-    parser.add_argument("--precision", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the model")
+    add = parser.add_argument_group("model").add_argument
+    add("--checkpoint_path", type=Path, required=True, metavar="FOLDER", help="folder with config.json, safetensors, tokenizer")
+    add("--precision", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the model")
+    add("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", nargs="+", required=True, metavar="FILE", help="text files or globs to train on")
+    add("--context", type=int, default=8192, metavar="N", help="tokens per training sequence")
+    add("--sequences", type=int, default=16, metavar="N", help="training sequences")
+    add("--needles", type=float, default=0.3, metavar="SHARE", help="of them that are retrieval documents")
+    add = parser.add_argument_group("signatures").add_argument
+    add("--recipe", choices=RECIPES, default="listwise", help="sets the defaults of the next five")
+    add("--bits", type=int, metavar="N", help="signature bits per token and signature head")
+    add("--query_bits", type=int, metavar="N", help="bits per query weight; 1 = signs alone")
+    add("--depth", type=int, metavar="N", help="layers of the encoders")
+    add("--hidden", type=int, metavar="N", help="width of their inner layers, where --depth is more than 1")
+    add("--share", choices=("kv", "query"), help="one signature per KV head or per query head")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=int, default=300, metavar="N", help="training steps per layer")
+    add("--layers", type=int, nargs="+", metavar="I", help="train these alone; the others stay random projections")
+    add("--sink", type=int, default=64, metavar="N", help="first tokens that are always attended to")
+    add("--recent", type=int, default=128, metavar="N", help="last tokens that are always attended to")
+    add("--seed", type=int, default=0, metavar="N", help="of sequences and training")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, required=True, metavar="FILE", help="the signatures file to write")
+    add("--resume", action="store_true", help="go on from the layers that OUT.partial holds")
+    add("--calibrate", action="store_true", help="measure --out as it is: held-out figures and budgets anew")
     return parser.parse_args()
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    check_device(args.device)
     check_writable("--out", args.out)
     if not 0 <= args.seed < 2 ** 31:
         raise UserError(f"--seed must be 0 to {2 ** 31 - 1}, not {args.seed}")
@@ -111,8 +124,9 @@ def check_arguments(args: argparse.Namespace) -> None:
                         f"{2 * (args.sink + args.recent + 64)} or a smaller --sink and --recent")
 
 
-def run_settings(args: argparse.Namespace, encoder: HashEncoder, model: Transformer, texts: dict[str, str]) -> dict:
+def run_settings(args: argparse.Namespace, encoder: "HashEncoder", model: "Transformer", texts: dict[str, str]) -> dict:
     """All that a layer's result depends on, for Partial."""
+    import torch
     names = ("recipe", "context", "sequences", "needles", "steps", "layers", "sink", "recent", "seed", "device", "precision",
              "calibrate")
     digest = hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()[:16]
@@ -123,24 +137,42 @@ def run_settings(args: argparse.Namespace, encoder: HashEncoder, model: Transfor
 def main() -> None:
     args = parse_arguments()
     check_arguments(args)
+    with Progress("starting"):
+        import torch
+
+        from hashfast.research import recipes
+        from hashfast.research.budgets import UNIT, calibrate
+        from hashfast.research.data import DataConfig, make_sequences, read_texts
+        from hashfast.research.recall import table
+        from hashfast.research.resume import Partial
+        from hashfast.research.training import TrainConfig, check_model
+        from hashfast.runtime.checkpoint import load_model
+        from hashfast.runtime.hub import checkpoint_folder
+        from hashfast.runtime.signatures import load_signatures, model_outline, random_encoders, save_signatures
+        from hashfast.runtime.tokenizer import Tokenizer
+
+    args.device = find_device(args.device)
+    args.checkpoint_path = checkpoint_folder(args.checkpoint_path)
     given = {field: getattr(args, field) for field in ("bits", "query_bits", "depth", "hidden", "share")}
-    shape = replace(RECIPES[args.recipe].config, **{field: value for field, value in given.items() if value is not None})
+    given = {field: value for field, value in given.items() if value is not None}
+    shape = replace(recipes.RECIPES[args.recipe].config, **given)
     if args.hidden is not None and shape.depth == 1:
         raise UserError("--hidden is the width of inner layers and --depth 1 has none; give --depth 2 or 3, or leave it out")
     texts = read_texts(args.data)
     begin = time.perf_counter()
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32: codes are learned as well, several times as fast
-    model = load_model(args.checkpoint_path, args.device, getattr(torch, args.precision))
-    check_model(model, args.context, args.layers)
-    fingerprint = model.fingerprint()
+    outline = model_outline(args.checkpoint_path)  # what can be wrong, before weights are read
+    check_model(outline, args.context, args.layers)
+    fingerprint = outline.fingerprint()
     layers = list(range(fingerprint.n_layer)) if args.layers is None else args.layers
     encoders, about = random_encoders(shape, fingerprint, args.seed), {}
     if args.calibrate:
         layers, (encoders, about) = [], load_signatures(args.out, fingerprint)
-    partial = Partial(args.out, run_settings(args, encoders[0], model, texts), args.resume)
+    partial = Partial(args.out, run_settings(args, encoders[0], outline, texts), args.resume)
     training, held_out = make_sequences(texts, Tokenizer.load(args.checkpoint_path).encode,
                                         DataConfig(args.context, args.sequences, args.needles, args.seed))
+    model = load_model(args.checkpoint_path, args.device, getattr(torch, args.precision))
 
     window = args.sink + args.recent
     budget = max(args.context // 16, window + UNIT)

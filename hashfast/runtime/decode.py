@@ -4,11 +4,11 @@ from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hashfast.model import PrefillSettings, Transformer, TransformerBlock
 from hashfast.ops.prompt_attention import piece_sizes
 from hashfast.ops.prompt_selection import prefix_rows
+from hashfast.progress import Progress
 from hashfast.runtime.sampling import Sampling, sample
 
 PREFILL_CHUNK = {"cpu": 2048, "cuda": 4096}  # prompt tokens read at a time, by kind of device
@@ -149,10 +149,10 @@ def prefill(model: Transformer, ids: Tensor, batch: int, start: int = 0, chunk: 
     """
     end = start + len(ids)
     chunk = chunk or model.static_chunk or PREFILL_CHUNK[ids.device.type]
-    with tqdm(total=len(ids), desc="prefill", unit="tok", delay=2, leave=False, disable=None) as progress:
+    with Progress("prefill", len(ids), "tok") as progress:
         for first, last, is_sparse in prompt_chunks(start, end, chunk, settings):
             logits = model.prefill(ids[first - start:last - start], row, first, settings if is_sparse else None)
-            progress.update(last - first)
+            progress.done += last - first
     if batch > 1:
         for layer in model.layers:
             for buffer in layer.attention.cache.rows():
@@ -209,20 +209,22 @@ def decode(decoder: Decoder, first: Tensor, lengths: int | Tensor, count: int) -
 
 
 def decode_all(decoder: Decoder, first: Tensor, lengths: Tensor, count: int, stop_ids: Collection[int],
-               emit: Callable[[int, int, bool], None]) -> tuple[list[list[int]], int]:
+               emit: Callable[[int, int, bool], bool | None]) -> tuple[list[list[int]], int]:
     """Decode until every sequence has ended or has `count` tokens -> new tokens of each (end token included), steps run.
 
-    emit(sequence, token, whether it is that sequence's last) is called for each token.
+    emit(sequence, token, whether it is that sequence's last) is called for each token; where it returns True, it is the last.
     """
     tokens: list[list[int]] = [[] for _ in range(len(first))]
-    running = range(len(first))
+    running = list(range(len(first)))
     steps = 0
     for row in decode(decoder, first, lengths, count):
         steps += 1
+        still = []
         for i in running:
             tokens[i].append(row[i])
-            emit(i, row[i], row[i] in stop_ids or steps == count)
-        running = [i for i in running if row[i] not in stop_ids]
+            if not emit(i, row[i], row[i] in stop_ids or steps == count) and row[i] not in stop_ids:
+                still.append(i)
+        running = still
         if not running:
             break
     synchronize(str(first.device))

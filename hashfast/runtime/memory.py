@@ -11,6 +11,8 @@ from hashfast.hash_attention import HashEncoder
 from hashfast.model import SparseSettings, Transformer
 from hashfast.runtime import distributed
 
+MOST_SEQUENCES = 64  # decoded together: a step of more is bound by compute, and each prompt waits longer for its text
+
 # ---------------------------------------------------------------------------------------------------------------- a step
 
 
@@ -55,7 +57,7 @@ def weight_bytes(model: Transformer) -> int:
 def prefill_bytes(model: Transformer, chunk: int) -> int:
     """An upper estimate of what reading `chunk` prompt tokens at a time takes, whatever the prompt's length.
 
-    The widest moment is the feed-forward: gate and up, their product, the residual and norm; float32 copies where not fused.
+    Activations peak in the feed-forward: gate and up, their product, the residual and norm; float32 copies where not fused.
     Of quantised weights many rows are multiplied by a copy in full.
     """
     args = model.args
@@ -93,6 +95,24 @@ def sparse_settings(length: int, tokens: int, budget: int = 2048, sparsity: floa
     return SparseSettings(min(budget, length), sink, recent, dense_layers)
 
 
+def _room(models: list[Transformer], encoders: list[HashEncoder] | None, length: int, batch: int, chunk: int,
+          dense_layers: int) -> tuple[int, int, int, int]:
+    """Bytes of K and V and of signatures per token of all sequences, of work, and free for caches."""
+    row = sum(cache_bytes_per_token(model, None, batch)[0] for model in models)
+    signature_row = cache_bytes_per_token(models[-1], encoders, batch, dense_layers)[1]
+    # a large prefill chunk takes more than free_memory leaves
+    work = max(prefill_bytes(model, min(chunk, length)) for model in models)
+    free = distributed.all_min(free_memory(models[0].tok_embeddings.weight.device) - max(0, work - 2 ** 30))
+    return row, signature_row, work, free
+
+
+def largest_batch(models: list[Transformer], encoders: list[HashEncoder] | None, length: int, count: int, chunk: int,
+                  spare: int = 0, dense_layers: int = 0) -> int:
+    """How many of `count` sequences of `length` tokens are decoded together: as many as fit, MOST_SEQUENCES at most."""
+    row, signature_row, _, free = _room(models, encoders, length, 1, chunk, dense_layers)
+    return max(1, min(count, MOST_SEQUENCES, free // ((row + signature_row) * (length + spare))))
+
+
 def plan_memory(models: list[Transformer], encoders: list[HashEncoder] | None, length: int, needed: int, batch: int, chunk: int,
                 spare: int = 0, dense_layers: int = 0) -> int:
     """Print what weights and caches of `length` tokens take, or refuse, before they are allocated -> the caches' length.
@@ -100,11 +120,7 @@ def plan_memory(models: list[Transformer], encoders: list[HashEncoder] | None, l
     That is as much of `length` as fits, and no less than `needed`. encoders: the last model's.  chunk: prompt tokens read at a
     time.  spare: rows past the last token, which drafts need.
     """
-    row = sum(cache_bytes_per_token(model, None, batch)[0] for model in models)
-    signature_row = cache_bytes_per_token(models[-1], encoders, batch, dense_layers)[1]
-    # a large prefill chunk takes more than free_memory leaves
-    work = max(prefill_bytes(model, min(chunk, length)) for model in models)
-    free = distributed.all_min(free_memory(models[0].tok_embeddings.weight.device) - max(0, work - 2 ** 30))
+    row, signature_row, work, free = _room(models, encoders, length, batch, chunk, dense_layers)
     fits = max(free // (row + signature_row) - spare, 0)
     length = max(needed, min(length, fits))
     if length > fits:

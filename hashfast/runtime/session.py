@@ -9,6 +9,7 @@ from torch import Tensor
 from hashfast.common import UserError
 from hashfast.hash_attention import HashEncoder
 from hashfast.model import SparseSettings, Transformer
+from hashfast.progress import Progress
 from hashfast.runtime import distributed
 from hashfast.runtime.decode import PREFILL_CHUNK, Decoder, decode_all, prefill, prepare_prefill, synchronize
 from hashfast.runtime.prompts import NewText, encode
@@ -22,6 +23,7 @@ class DecodeOptions:
     """How a session reads and decodes.
 
     batch: sequences decoded together.  temperature: 0 is greedy.  top_k: None keeps the whole vocabulary.
+    top_p: draw from the fewest tokens of this probability together.  stop: texts that end an answer, and are cut off.
     compile_prefill: on a GPU `compile` does that too for caches longer than a chunk; elsewhere it takes longer than it saves.
     prefill_chunk: prompt tokens read at a time; None: 4096 on a GPU, 2048 on a CPU.
     sparse_tail: last prompt tokens that go through decode steps, so that they are read sparsely too.
@@ -36,6 +38,8 @@ class DecodeOptions:
     prefill_chunk: int | None = None
     sparse_tail: int = 0
     speculate_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
 
 
 @dataclass
@@ -45,6 +49,12 @@ class Sample:
     prefill_s: float
     decode_s: float
     steps: int
+
+
+def check_finite(logits: Tensor) -> None:
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite (NaN or infinity); its weights are damaged, or too large for this "
+                        "--precision: download them again, or try float32")
 
 
 class Session:
@@ -70,28 +80,30 @@ class Session:
             model.setup_caches(options.batch, length + options.speculate_k)
         drafter = draft or model
         drafter.setup_caches(options.batch, length + options.speculate_k, encoders, settings)
-        self.sampling = Sampling(options.temperature, options.top_k)
+        self.sampling = Sampling(options.temperature, options.top_k, options.top_p)
         self.stop_ids = frozenset() if options.ignore_eos or tokenizer is None else tokenizer.stop_ids
         self.decoder = Decoder(model, options.batch, self.sampling, options.compile, self.stop_ids)
         self.speculator: Speculator | None = None
         if options.speculate_k:
             self.speculator = Speculator(self.decoder, drafter, options.speculate_k, settings, options.compile)
-        self.compile_s = (self.speculator or self.decoder).prepare()
-        if options.compile_prefill or options.compile and weight.is_cuda and length > self.chunk:
-            self.compile_s += prepare_prefill(model, self.chunk)
+        with Progress("compiling" if options.compile or options.compile_prefill else "the first step"):
+            self.compile_s = (self.speculator or self.decoder).prepare()
+            if options.compile_prefill or options.compile and weight.is_cuda and length > self.chunk:
+                self.compile_s += prepare_prefill(model, self.chunk)
         self.cached: list[int] = []  # tokens in the cache, for prompts that go on from it
 
     def generate(self, prompt: str | list[dict], max_new_tokens: int = 200, chat: bool = False) -> str:
         """The text that follows `prompt`; with `chat`, or for a list of messages (role and content), the model's answer."""
         ids, is_chat = encode(prompt, self.tokenizer, self.model.args.vocab_size, chat)
         (tokens, *_) = self.run([ids], max_new_tokens).tokens
-        return NewText(self.tokenizer, [] if is_chat else ids).whole(tokens)
+        return NewText(self.tokenizer, [] if is_chat else ids, self.options.stop).whole(tokens)
 
     def run(self, prompts: list[list[int]], max_new_tokens: int,
             emit: Callable[[int, int, bool], None] = lambda *new: None) -> Sample:
-        """Prefill and decode one prompt for all sequences or one for each, up to the caches' end; `emit` as in decode_all.
+        """Prefill and decode one prompt for all sequences or one for each, up to the caches' end.
 
-        What the caches already hold of a single prompt is not read again.
+        emit(sequence, token, whether it is that sequence's last) is called for each token. What the caches already hold of a
+        single prompt is not read again. UserError where logits are not finite.
         """
         count = min(max_new_tokens, self.length - max(map(len, prompts)))
         if count < 1:
@@ -103,13 +115,27 @@ class Session:
         synchronize(self.device.type)
         prefilled = time.perf_counter()
         lengths = torch.tensor([len(ids) for ids in prompts], device=self.device)
+        if self.options.stop:
+            emit = self._until_stop(prompts, emit)
         if self.speculator is not None:
             tokens, steps = self.speculator.decode_all(prompts, first, count, emit)
         else:
             tokens, steps = decode_all(self.decoder, first, lengths, count, self.stop_ids, emit)
+            if steps:
+                check_finite(self.decoder.logits)
         if len(prompts) == 1:
             self.cached = prompts[0] + tokens[0][:-1]  # the newest token has no K and V yet
         return Sample(tokens, prefilled - started, time.perf_counter() - prefilled, steps)
+
+    def _until_stop(self, prompts: list[list[int]], emit: Callable[[int, int, bool], None]) -> Callable[[int, int, bool], bool]:
+        """`emit` for decode_all: sequences whose text has come to one of `options.stop` end."""
+        streams = [NewText(self.tokenizer, prompts[i % len(prompts)], self.options.stop) for i in range(self.options.batch)]
+
+        def put(i: int, token: int, last: bool) -> bool:
+            streams[i].put(token)
+            emit(i, token, last or streams[i].stopped)
+            return streams[i].stopped
+        return put
 
     def first_token(self, prompts: list[list[int]]) -> Tensor:
         """Put prompts into the caches -> the first new token of each sequence, int64 [B]."""
@@ -117,6 +143,7 @@ class Session:
         cached = self.cached if len(prompts) == 1 else []
         same = [old == new for old, new in zip(cached, prompts[0][:-1], strict=False)]
         kept = [*same, False].index(False)
+        self.cached = cached[:kept]  # what holds if this is interrupted
         tails = [min(tail_tokens, len(ids) - kept - 1) for ids in prompts]
         logits = torch.stack([
             prefill(self.model, torch.tensor(ids[kept:len(ids) - tail], device=self.device), batch // len(prompts), kept,
@@ -132,6 +159,7 @@ class Session:
             self.decoder.start(tokens.expand(batch), torch.tensor(at, device=self.device))
             self.decoder.step()
             logits = self.decoder.logits
+        check_finite(logits)
         return sample(logits.expand(batch, -1), self.sampling)
 
     @torch.inference_mode()

@@ -186,7 +186,7 @@ def test_ids_need_no_tokenizer(run: Callable[..., Ran], write: Callable[..., Pat
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("line", [
-    "Hello", "", "[1, 2]", "{}", '"prompt"', "null", '{"prompt": 3}', '{"prompt": ""}', '{"ids": []}', '{"ids": "12"}',
+    "Hello", "[1, 2]", "{}", '"prompt"', "null", '{"prompt": 3}', '{"prompt": ""}', '{"ids": []}', '{"ids": "12"}',
     '{"ids": [1, true]}', '{"ids": 3}', '{"ids": [1.5]}', '{"messages": []}', '{"messages": ["x"]}', '{"messages": {"a": 1}}',
     '{"messages": [{"role": "user"}]}', '{"prompt": "a", "ids": [1]}', "[" * 10 ** 5, '{"prompt": "a"',
 ])
@@ -201,7 +201,6 @@ def test_other_mistakes(run: Callable[..., Ran], write: Callable[..., Path], tmp
     for flags, message in [
         (("--prompts", write({"ids": [1]}, {"ids": [2, 259]})), "prompts.jsonl line 2: token id 259 is outside"),
         (("--prompts", tmp_path / "none.jsonl"), "none.jsonl: No such file"),
-        (("--prompts", tmp_path / "prompts.jsonl", "--batch_size", 3), "has 2 prompts; leave --batch_size 3 out"),
         (("--prompts", tmp_path / "prompts.jsonl", "--compare", "x"), "leave --compare out"),
         (("--prompts", tmp_path / "prompts.jsonl", "--prompt", "x"), "--prompt: not allowed with argument --prompts"),
         (("--prompts", tmp_path / "prompts.jsonl", "--chat"), "a prompt of token ids is no chat; leave --chat out"),

@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers.pre_tokenizers import ByteLevel
 
-from hashfast.commands.quantize import quantize_folder
-from hashfast.ops.quant_linear import Quantization
 from hashfast.runtime import distributed, tensor_parallel
 from hashfast.runtime.checkpoint import load_model
+from hashfast.runtime.quantize import quantize_folder
 from hashfast.runtime.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------ tokenizers
@@ -239,7 +238,7 @@ def test_model(name: str, command: Callable[..., Ran], tmp_path: Path) -> None:
 def test_a_head_of_its_own_is_kept_by_ranks_and_by_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = own_head()["lm_head.weight"]
     folder = model(tmp_path / "case", own_head(), tie_word_embeddings=True)
-    quantize_folder(folder, tmp_path / "int8", Quantization("int8"), "cpu")
+    quantize_folder(folder, tmp_path / "int8", "cpu")
     saved = load_file(tmp_path / "int8" / "model-00001.safetensors")
     torch.testing.assert_close(saved["lm_head.weight"] * saved["lm_head.scale"].float()[:, None], head, atol=0.01, rtol=0)
     output = load_model(tmp_path / "int8", dtype=torch.float32).output

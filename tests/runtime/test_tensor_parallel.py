@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hashfast import generate
-from hashfast.commands.quantize import quantize_folder
 from hashfast.common import UserError
 from hashfast.hash_attention import HashConfig, HashEncoder
 from hashfast.model import ModelArgs, SparseSettings
 from hashfast.runtime import distributed, tensor_parallel
 from hashfast.runtime.checkpoint import PRESETS, load_model, random_model
 from hashfast.runtime.decode import Decoder, decode, prefill
+from hashfast.runtime.quantize import quantize_folder
 from hashfast.runtime.sampling import Sampling
 from hashfast.runtime.signatures import load_signatures, random_encoders, save_signatures
 
