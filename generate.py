@@ -348,7 +348,7 @@ def check_speculation(options: argparse.Namespace) -> None:
         (options.speculate is not None, "drafts are verified by dense attention", ("sparse_tail",)),
     ])
     if options.speculate == "draft" and options.prefill == "hash":
-        raise UserError("--prefill hash needs the verifying model's signatures, but only the draft model has some; leave it out")
+        raise UserError("--prefill hash needs the verifying model's signatures, but only the draft has some; leave it out")
     if options.speculate is not None and options.attention == "hash":
         raise UserError("drafts are verified by dense attention; leave --attention hash out")
     options.speculate_k = 0 if options.speculate is None else options.speculate_k or DEFAULT_K

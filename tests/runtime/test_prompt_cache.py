@@ -1,4 +1,4 @@
-"""Prompt files: what is reused gives the tokens of a cold run, what does not fit is refused, an interruption leaves no trace."""
+"""Prompt files: what is reused gives the tokens of a cold run, what does not fit is refused; interruptions leave no trace."""
 import json
 import os
 import shutil
