@@ -15,14 +15,12 @@ from hashfast.kernels.launch import checked_rows
 from hashfast.kernels.score import BINS, CHUNK, Selection, block_range, blocks_per_row, store_counts
 from hashfast.kernels.select import launch_compact
 
-_TOKENS = tl.constexpr(128)  # of a product
-
-
 @triton.jit
 def _prompt_score_kernel(weights, signatures, seq_lens, bins, counts, budget, sink, recent, start_at, x_h, x_s, bins_row,
                          GROUP: tl.constexpr, QUERIES: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr,
-                         BLOCKS: tl.constexpr):
-    """Bins and counts as `score._score_kernel` leaves them, of the largest score over all queries of a KV head's GROUP."""
+                         BLOCKS: tl.constexpr, TOKENS: tl.constexpr):
+    """Bins and counts as `score._score_kernel` leaves them, of the largest score over all queries of a KV head's GROUP; TOKENS
+    at a time are multiplied."""
     block, n_blocks = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)  # KV head
     _, low, high, _, start, stop = block_range(0, block, n_blocks, seq_lens, None, budget, budget, sink, recent, 1, False)
@@ -36,11 +34,11 @@ def _prompt_score_kernel(weights, signatures, seq_lens, bins, counts, budget, si
     others = tl.maximum(tl.cdiv(stop - start, CHUNK) * CHUNK, 0) - tl.maximum(stop - tl.maximum(start, low), 0)
     sums = tl.where(tl.arange(0, BINS) == 0, -others, 0)
     for first in range(start, stop, CHUNK):
-        for part in range(first, first + CHUNK, _TOKENS):
-            position = part + tl.arange(0, _TOKENS)
-            best = tl.full([_TOKENS], -(2 ** 30), tl.int32)
+        for part in range(first, first + CHUNK, TOKENS):
+            position = part + tl.arange(0, TOKENS)
+            best = tl.full([TOKENS], -(2 ** 30), tl.int32)
             for g in tl.static_range(GROUP):
-                product = tl.zeros([_TOKENS, QUERIES], tl.int32)
+                product = tl.zeros([TOKENS, QUERIES], tl.int32)
                 for w in tl.static_range(W):
                     word = tl.load(signatures + g * x_h + position.to(tl.int64) * x_s + w, mask=position < start_at, other=0)
                     sign = (((word[:, None] >> bit[None, :]) & 1) * 2 - 1).to(tl.int8)
@@ -55,7 +53,7 @@ def _prompt_score_kernel(weights, signatures, seq_lens, bins, counts, budget, si
 
 
 def launch_prompt_score(weights: Tensor, signatures: Tensor, n_kv_head: int, seq_lens: Tensor, start: int, selection: Selection,
-                        n_blocks: int) -> tuple[Tensor, Tensor]:
+                        n_blocks: int, tokens: int = 128, num_warps: int = 4) -> tuple[Tensor, Tensor]:
     """weights int8 [Hs, Q, 32 W], signatures int32 [Hs, S, W], seq_lens int32 [1], which holds `start` <= S
     -> bins uint8 [Hkv, start rounded up] and counts uint16 [Hkv, 1 + 8, n_blocks rounded up, 8].
     """
@@ -68,7 +66,7 @@ def launch_prompt_score(weights: Tensor, signatures: Tensor, n_kv_head: int, seq
     _prompt_score_kernel[(n_blocks, n_kv_head)](
         weights.contiguous(), checked_rows(signatures), seq_lens, bins, counts, selection.budget, selection.sink,
         selection.recent, start, *signatures.stride()[:2], bins.shape[1], GROUP=Hs // n_kv_head, QUERIES=queries,
-        W=signatures.shape[2], SHIFT=selection.shift, BLOCKS=blocks, num_warps=4)
+        W=signatures.shape[2], SHIFT=selection.shift, BLOCKS=blocks, TOKENS=tokens, num_warps=num_warps)
     return bins, counts
 
 
