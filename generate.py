@@ -34,7 +34,7 @@ from hashfast.runtime.prompts import Display, NewText, encode, read_lines, read_
 
 if TYPE_CHECKING:
     from hashfast.hash_attention import HashEncoder
-    from hashfast.model import Fingerprint, Transformer
+    from hashfast.model import Fingerprint, PrefillSettings, Transformer
     from hashfast.runtime.session import Sample, Session
     from hashfast.runtime.tokenizer import Tokenizer
 
@@ -60,6 +60,7 @@ def peak_memory_gib(device: str) -> float:
 def report(options: argparse.Namespace, session: "Session", prompts: list[list[int]], samples: "list[Sample]",
            texts: list[str]) -> dict:
     """Everything that a run measured, as --json prints it. What is of each prompt is a list where there are several."""
+    from hashfast.runtime.decode import pairs_read
     from hashfast.runtime.memory import bytes_per_step, tokens_read
 
     model = session.model
@@ -75,6 +76,8 @@ def report(options: argparse.Namespace, session: "Session", prompts: list[list[i
     speculator, settings = session.speculator, session.settings
     read = settings if speculator is None else None  # drafts are verified by dense attention
     moved = bytes_per_step(model, settings, length, batch) if ms and speculator is None else None
+    prefill = session.options.prefill
+    dense = sum(layer.attention.encoder is None for layer in model.layers) / len(model.layers)
     return {
         "model": options.random_weights or options.checkpoint_path.resolve().name,
         "prompt_tokens": lengths if len(prompts) > 1 else lengths[0],
@@ -83,6 +86,10 @@ def report(options: argparse.Namespace, session: "Session", prompts: list[list[i
         "text": texts,
         "prefill_s": last.prefill_s,
         "prefill_tok_s": sum(lengths) / last.prefill_s,
+        "prefill": prefill.mode,
+        "prefill_sparsity": prefill.sparsity if prefill.mode == "hash" else 1,
+        "pairs_read": sum(pairs_read(n, prefill, dense) for n in lengths) / len(lengths),
+        "tokens_reused": last.reused,
         "decode_tok_s": sum(len(tokens) - 1 for s in samples for tokens in s.tokens) / decode_s if ms else None,
         "ms_per_token": ms,
         "bandwidth_gb_s": moved / ms / 1e6 if moved else None,
@@ -110,7 +117,9 @@ def print_summary(result: dict) -> None:
     """Rates and memory, on stderr so that stdout is the text."""
     rate = f"{result['decode_tok_s']:.1f} tok/s, {result['ms_per_token']:.1f} ms/token" if result["ms_per_token"] else "-"
     tokens = result["prompt_tokens"] if isinstance(result["prompt_tokens"], int) else sum(result["prompt_tokens"])
-    print(f"prefill: {tokens} tokens in {result['prefill_s']:.2f} s ({result['prefill_tok_s']:.0f} tok/s)\n"
+    how = f", {result['pairs_read']:.1%} of all pairs read" if result["prefill"] == "hash" else ""
+    how += f", {result['tokens_reused']} tokens from --prompt_cache" if result["tokens_reused"] else ""
+    print(f"prefill: {tokens} tokens in {result['prefill_s']:.2f} s ({result['prefill_tok_s']:.0f} tok/s){how}\n"
           f"decode:  {rate}" + (f" ({result['bandwidth_gb_s']:.1f} GB/s)" if result["bandwidth_gb_s"] else "") +
           f", {result['attention']}, {result['tokens_read']:.0f} tokens read per step\n"
           f"memory:  {result['peak_memory_gib']:.2f} GiB at most; K and V {result['kv_bytes'] / 2 ** 20:.1f} MiB, "
@@ -130,7 +139,7 @@ def comparison_column(result: dict) -> list[str]:
 
 ROWS = {  # of the table of --compare
     "": "",
-    "prefill tok/s": "prompt tokens read per second, densely by both",
+    "prefill tok/s": "prompt tokens read per second",
     "decode tok/s": "new tokens written per second",
     "tokens read per step": "whose keys and values a new token attends to",
     "peak memory GiB": "of the whole process",
@@ -217,6 +226,11 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sink", type=int, metavar="N", default=64, help="first tokens, always attended")
     add("--recent", type=int, metavar="N", default=128, help="last tokens, always attended")
     add("--dense_layers", type=int, metavar="N", default=0, help="first layers that stay dense")
+    add("--prefill", choices=("dense", "hash"), default="dense", help="the prompt is read whole, or as signatures select")
+    add("--prefill_sparsity", type=float, metavar="R", help="with --prefill hash: a chunk reads 1/R of what is before it "
+        "(default: 16)")
+    add("--prefill_tail", type=int, metavar="N", help="with --prefill hash: last prompt tokens that read everything "
+        "(default: 256)")
     add("--sparse_tail", type=int, metavar="N", default=0, help="last prompt tokens that are decoded sparsely too")
 
     add = parser.add_argument_group("speculation").add_argument
@@ -233,7 +247,11 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, metavar="N", help="sequences decoded together: of one prompt (default: 1), or of --prompts "
         "(default: as many as fit)")
     add("--max_seq_length", type=int_or_str, metavar="N", help="cache length, or auto: what fits; default: prompt + new tokens")
-    add("--prefill_chunk", type=int, metavar="N", help="prompt tokens read at a time (default: 4096 on a GPU, 2048 on a CPU)")
+    add("--prefill_chunk", type=int, metavar="N", help="prompt tokens read at a time (default: 4096 on a GPU, 2048 on a CPU); "
+        "with --prefill hash they choose together (4096)")
+    add("--prompt_cache", type=Path, metavar="FILE", help="keep the prompt's K and V here; a later prompt that begins alike "
+        "reads on from them")
+    add("--prompt_cache_ro", action="store_true", help="use --prompt_cache and do not write it")
 
     add = parser.add_argument_group("output").add_argument
     add("--no_stream", action="store_true", help="print the texts when all are done; with --json only there")
@@ -249,15 +267,16 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
 
     `options.sources` becomes what the prompts are given as, by their lines in --prompts.
     """
-    ranges = {"seed": (0, 2 ** 63 - 1), "temperature": (0, 1e3), "sparsity": (1, 1e9), "top_p": (1e-6, 1)}
+    ranges = {"seed": (0, 2 ** 63 - 1), "temperature": (0, 1e3), "sparsity": (1, 1e9), "prefill_sparsity": (1, 1e9),
+              "top_p": (1e-6, 1)}
     counts = ("num_samples", "max_new_tokens", "batch_size", "top_k", "max_seq_length", "prefill_chunk", "budget")
     ranges |= dict.fromkeys(counts, (1, LARGEST))
     ranges["speculate_k"] = (1, LARGEST_K)
-    ranges |= dict.fromkeys(("sink", "recent", "dense_layers", "sparse_tail"), (0, LARGEST))
+    ranges |= dict.fromkeys(("sink", "recent", "dense_layers", "sparse_tail", "prefill_tail"), (0, LARGEST))
     for flag, (low, high) in ranges.items():
         check_range(flag, getattr(options, flag), low, high)
 
-    for flag in ("save", "profile"):
+    for flag in ("save", "profile", *([] if options.prompt_cache_ro else ["prompt_cache"])):
         check_writable(f"--{flag}", getattr(options, flag))
     if (options.checkpoint_path is None) == (options.random_weights is None):
         raise UserError("give either --checkpoint_path FOLDER or --random_weights PRESET")
@@ -283,7 +302,10 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
         (options.interactive, "--interactive shows a chat alone",
          ("prompt_ids", "prompt_file", "prompts", "profile", "json", "save")),
         (options.interactive or options.prompts, "--compare repeats a single prompt", ("compare",)),
-        (not options.is_hash, "--attention is dense, which reads all tokens", ("signatures", "budget", "sparsity")),
+        (not options.is_hash, "--attention is dense, which reads all tokens", ("budget", "sparsity")),
+        (not options.is_hash and options.prefill == "dense", "--attention is dense, which reads all tokens", ("signatures",)),
+        (options.prefill == "dense", "--prefill is dense", ("prefill_sparsity", "prefill_tail")),
+        (options.prompt_cache is None, "there is no --prompt_cache", ("prompt_cache_ro",)),
     ]
     check_clashes(options, clashes)
     if options.interactive and ((options.batch_size or 1) > 1 or options.num_samples > 1):
@@ -325,6 +347,8 @@ def check_speculation(options: argparse.Namespace) -> None:
         (options.speculate == "draft", "--signatures would be the verifying model's; give --draft_signatures", ("signatures",)),
         (options.speculate is not None, "drafts are verified by dense attention", ("sparse_tail",)),
     ])
+    if options.speculate == "draft" and options.prefill == "hash":
+        raise UserError("--prefill hash needs the verifying model's signatures, but only the draft has some; leave it out")
     if options.speculate is not None and options.attention == "hash":
         raise UserError("drafts are verified by dense attention; leave --attention hash out")
     options.speculate_k = 0 if options.speculate is None else options.speculate_k or DEFAULT_K
@@ -358,6 +382,7 @@ def settle_device(options: argparse.Namespace) -> None:
     """Fill in what depends on the machine. UserError where it has no such device."""
     import torch
 
+    from hashfast.model import PrefillSettings
     from hashfast.runtime import distributed
     from hashfast.runtime.decode import PREFILL_CHUNK
 
@@ -365,9 +390,20 @@ def settle_device(options: argparse.Namespace) -> None:
     distributed.check_device(options.device)
     if options.precision is None:
         options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
+    if options.prefill == "hash":
+        options.prefill_chunk = options.prefill_chunk or PrefillSettings.chunk
     options.prefill_chunk = options.prefill_chunk or PREFILL_CHUNK[torch.device(options.device).type]
     if (options.compile or options.compile_prefill) and not can_compile(options.device):
         options.compile = options.compile_prefill = False
+
+
+def prefill_settings(options: argparse.Namespace) -> "PrefillSettings":
+    from hashfast.model import PrefillSettings
+
+    if options.prefill == "dense":
+        return PrefillSettings()
+    tail = PrefillSettings.tail if options.prefill_tail is None else options.prefill_tail
+    return PrefillSettings("hash", options.prefill_sparsity or PrefillSettings.sparsity, options.prefill_chunk, tail)
 
 
 def read_tokenizer(options: argparse.Namespace) -> "Tokenizer | None":
@@ -537,7 +573,7 @@ def answer_all(session: "Session", prompts: list[list[int]], contexts: list[list
             part.tokens = part.tokens[:len(group)]
         parts.append(part)
     return Sample([tokens for part in parts for tokens in part.tokens], sum(part.prefill_s for part in parts),
-                  sum(part.decode_s for part in parts), sum(part.steps for part in parts))
+                  sum(part.decode_s for part in parts), sum(part.steps for part in parts), max(part.reused for part in parts))
 
 
 def main() -> None:
@@ -578,7 +614,8 @@ def main() -> None:
     if draft_path is not None:
         drafter = model_outline(draft_path)
         check_draft(draft_path, drafter, model, tokenizer, length)
-    encoders, about = load_encoders(options, drafter.fingerprint()) if options.is_hash else (None, {})
+    needs_signatures = options.is_hash or options.prefill == "hash"
+    encoders, about = load_encoders(options, drafter.fingerprint()) if needs_signatures else (None, {})
     if options.budgets == "calibrated":
         budgets_for(about, options.budget, needed, options.sink + options.recent)
 
@@ -599,14 +636,15 @@ def main() -> None:
     tokens = length if options.interactive else needed
     rows = length + options.speculate_k  # of the caches, as Session makes them
     settings = None
-    if encoders is not None:
+    if options.is_hash:
         settings = sparse_settings(rows, tokens, options.budget, options.sparsity, options.sink, options.recent,
                                    options.dense_layers)
     if options.budgets == "calibrated":
         settings = tensor_parallel.shard_settings(calibrated(settings, about, tokens, rows))
     session = Session(model, tokenizer, length, encoders, settings, DecodeOptions(
         batch, options.temperature, options.top_k, options.ignore_eos, options.compile, options.compile_prefill,
-        options.prefill_chunk, options.sparse_tail, options.speculate_k, options.top_p, options.stop), draft)
+        options.prefill_chunk, options.sparse_tail, options.speculate_k, options.top_p, options.stop,
+        prefill_settings(options), options.prompt_cache, options.prompt_cache_ro), draft)
     if options.interactive:
         chat(session, options.max_new_tokens, options.system)
         return

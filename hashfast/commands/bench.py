@@ -85,6 +85,10 @@ def parse_options() -> argparse.Namespace:
         part = commands.add_parser(name, parents=[model, steps, rows], help=about)
         part.add_argument("--context", nargs="+", type=at_least_1(int), default=[8192, 32768, 131072, 524288], metavar="N",
                           help="prompt tokens")
+        part.add_argument("--prefill", nargs="+", choices=("dense", "hash"), default=["dense", "hash"],
+                          help="how the prompt is read; latency: and how steps attend")
+        part.add_argument("--prefill_sparsity", type=at_least_1(float), default=16, metavar="R",
+                          help="by hash a chunk reads 1/R of what is before it")
         part.add_argument("--chunk", type=at_least_1(int), metavar="N",
                           help="prompt tokens read at a time (default: as generate.py does)")
     part = commands.add_parser("ragged", parents=[model, steps, rows],
@@ -109,17 +113,19 @@ def parse_options() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> Iterator[dict]:
     """The rows of the subcommand."""
+    from hashfast.model import PrefillSettings
     from hashfast.research.attention_latency import attention_rows
     from hashfast.research.latency import decode_rows, latency_rows, prefill_rows, ragged_rows, speculate_rows
     from hashfast.runtime.decode import PREFILL_CHUNK
 
-    chunk = getattr(options, "chunk", None) or PREFILL_CHUNK["cuda"]
+    ways = [PrefillSettings(mode, options.prefill_sparsity, options.chunk or PREFILL_CHUNK["cuda"])
+            for mode in getattr(options, "prefill", [])]
     if options.command == "attention":
         return attention_rows([integers(case) for case in options.cases], options.modes, tuple(options.heads))
     if options.command == "prefill":
-        return prefill_rows(options.model, options.context, options.sparsity, chunk)
+        return prefill_rows(options.model, options.context, options.sparsity, ways)
     if options.command == "latency":
-        return latency_rows(options.model, options.context, options.sparsity, options.steps, chunk)
+        return latency_rows(options.model, options.context, options.sparsity, options.steps, ways)
     if options.command == "ragged":
         return ragged_rows(options.model, options.lengths, options.sparsity, options.steps)
     shapes = [integers(shape) for shape in options.shapes]
