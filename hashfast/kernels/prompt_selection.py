@@ -15,6 +15,7 @@ from hashfast.kernels.launch import checked_rows
 from hashfast.kernels.score import BINS, CHUNK, Selection, block_range, blocks_per_row, store_counts
 from hashfast.kernels.select import launch_compact
 
+
 @triton.jit
 def _prompt_score_kernel(weights, signatures, seq_lens, bins, counts, budget, sink, recent, start_at, x_h, x_s, bins_row,
                          GROUP: tl.constexpr, QUERIES: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr,
