@@ -625,12 +625,14 @@ def main() -> None:
     models = [model, draft] if draft is not None else [model]
     encoders = tensor_parallel.shard_encoders(encoders) if encoders is not None else None
     batch = options.batch_size or 1
+    prefill = prefill_settings(options)
+    gathered = prefill.gathered(length)
     if len(prompts) > 1:
         fits = options.batch_size or largest_batch(models, encoders, needed, len(prompts), options.prefill_chunk,
-                                                   options.speculate_k, options.dense_layers)
+                                                   options.speculate_k, options.dense_layers, gathered)
         batch = min(fits, len(prompts))
     length = plan_memory(models, encoders, length, needed if options.max_seq_length == "auto" else length, batch,
-                         options.prefill_chunk, options.speculate_k, options.dense_layers)
+                         options.prefill_chunk, options.speculate_k, options.dense_layers, gathered)
     if batch < len(prompts):
         print(f"{len(prompts)} prompts, {batch} at a time", file=sys.stderr)
     tokens = length if options.interactive else needed
@@ -644,7 +646,7 @@ def main() -> None:
     session = Session(model, tokenizer, length, encoders, settings, DecodeOptions(
         batch, options.temperature, options.top_k, options.ignore_eos, options.compile, options.compile_prefill,
         options.prefill_chunk, options.sparse_tail, options.speculate_k, options.top_p, options.stop,
-        prefill_settings(options), options.prompt_cache, options.prompt_cache_ro), draft)
+        prefill, options.prompt_cache, options.prompt_cache_ro), draft)
     if options.interactive:
         chat(session, options.max_new_tokens, options.system)
         return

@@ -29,7 +29,7 @@ from hashfast.hash_attention import (
 )
 from hashfast.ops.linear import linear, rms_norm
 from hashfast.ops.prompt_attention import causal_attention
-from hashfast.ops.prompt_selection import PrefixRows, gather_rows, prefix_rows, sampled_positions, select_rows
+from hashfast.ops.prompt_selection import PrefixRows, gather_rows, prefix_rows, rows_read, sampled_positions, select_rows
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,10 @@ class PrefillSettings:
         if self.sparsity < 1 or self.chunk < 1 or self.tail < 0:
             raise UserError(f"a prompt read 1/{self.sparsity} at a time of {self.chunk} tokens with a tail of {self.tail}: "
                             "give a sparsity and a chunk of at least 1, and a tail of at least 0")
+
+    def gathered(self, length: int) -> int:
+        """Cached tokens that a chunk of a prompt of `length` reads at most where it chooses."""
+        return rows_read(length, self.chunk, self.sparsity) if self.mode == "hash" else 0
 
 
 class KVCache(nn.Module):

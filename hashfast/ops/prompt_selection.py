@@ -30,16 +30,17 @@ class PrefixRows(NamedTuple):
     most: int
 
 
+def rows_read(start: int, chunk: int, sparsity: float) -> int:
+    """K of a chunk at `start`: whole chunks, so that attention sees few shapes."""
+    return chunk * max(1, math.ceil(start / sparsity / chunk))
+
+
 def prefix_rows(start: int, chunk: int, sparsity: float, length: int) -> PrefixRows | None:
-    """What a chunk at `start` reads in a cache of `length` tokens; None: all of its prefix.
-
-    K = chunk * max(1, ceil(start / sparsity / chunk)): whole chunks, so that attention sees few shapes.
-    """
-    def count(tokens: int) -> int:
-        return chunk * max(1, math.ceil(tokens / sparsity / chunk))
-
-    K = count(start)
-    return PrefixRows(K, min(SINK, K // 4), min(RECENT, K // 4), count(length)) if start > K else None
+    """What a chunk at `start` reads in a cache of `length` tokens; None: all of its prefix, which has no more than K."""
+    K = rows_read(start, chunk, sparsity)
+    if start <= K:
+        return None
+    return PrefixRows(K, min(SINK, K // 4), min(RECENT, K // 4), rows_read(length, chunk, sparsity))
 
 
 def sampled_positions(count: int, device: torch.device) -> Tensor:

@@ -292,12 +292,13 @@ def prefill_rows(preset: str, contexts: list[int], sparsity: float, ways: list[P
                 model.setup_caches(1, context, encoders, settings)
                 compile_s = prepare_prefill(model, way.chunk, way)
                 _, times = timed_prefill(model, random_prompt(model, context), way)
+                work = prefill_bytes(model, way.chunk, way.gathered(context))
                 plan = weight_bytes(model) + context * sum(cache_bytes_per_token(model, encoders, 1))
                 floor = prefill_columns(model, context, way, rate)
                 yield {"model": preset, "batch": 1, "context": context, **floor, **times,
                        "tflops": prefill_flops(model, context, way) / times["ttft_s"] / 1e12,
                        "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30,
-                       "plan_gib": (plan + prefill_bytes(model, way.chunk)) / 2 ** 30, "compile_s": compile_s}
+                       "plan_gib": (plan + work) / 2 ** 30, "compile_s": compile_s}
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from hashfast.hash_attention import HashConfig
 from hashfast.model import ModelArgs, PrefillSettings, SparseSettings, Transformer
 from hashfast.ops.prompt_selection import PrefixRows, prefix_rows, sampled_positions, select_rows_reference
 from hashfast.runtime.decode import pairs_read, prefill, prepare_prefill, prompt_chunks
+from hashfast.runtime.memory import prefill_bytes
 from hashfast.runtime.signatures import random_encoders
 
 ARGS = ModelArgs(2, 48, 6, 2, 8, 64, 120, 1e-5, 10000.0, max_position=512)
@@ -27,6 +28,13 @@ def test_rows_of_a_chunk() -> None:
     assert prefix_rows(126976, 4096, 16, 131072 + 300) == PrefixRows(8192, 64, 1024, 12288)
     assert prefix_rows(15360, 1024, 16, 16384) == PrefixRows(1024, 64, 256, 1024)
     assert all(prefix_rows(start, 64, 1, 640) is None for start in range(0, 640, 64))
+
+
+def test_gathered_rows_are_planned() -> None:
+    assert PrefillSettings().gathered(2 ** 17) == 0 and PrefillSettings("hash").gathered(2 ** 17) == 8192
+    with torch.device("meta"):
+        model = Transformer(ARGS)
+    assert prefill_bytes(model, 16, 64) - prefill_bytes(model, 16) == 64 * 2 * 2 * 8 * 4
 
 
 def test_sampled_positions() -> None:

@@ -277,7 +277,8 @@ def test_the_command_line_speaks_once(tmp_path: Path, folder: Path, command: Cal
     prompts.write_text("".join(json.dumps({"ids": ids}) + "\n" for ids in PROMPTS))
     flags = ["--checkpoint_path", folder / "llama", "--prompts", prompts, "--max_new_tokens", 12, "--temperature", 0, "--json",
              "--attention", "hash", "--signatures", folder / "llama" / "signatures.safetensors", "--budget", 16, "--sink", 4,
-             "--recent", 4, "--sparse_tail", 5, "--ignore_eos", "--max_seq_length", "auto"]
+             "--recent", 4, "--sparse_tail", 5, "--ignore_eos", "--max_seq_length", "auto", "--prefill", "hash",
+             "--prefill_sparsity", 4, "--prefill_chunk", 8, "--prefill_tail", 2]
     expected = command(*flags)
     ran = torchrun("generate.py", "--device", "cpu", *flags, "--save", tmp_path / "saved.json")
     assert ran.returncode == 0, ran.stderr
