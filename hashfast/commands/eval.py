@@ -53,6 +53,10 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     context.add_argument("--context", type=int, default=8192, help="tokens of each text or document, the decoded ones included")
     dense.add_argument("--dense_layers", type=int, default=0,
                        help="first layers that attend to everything, whatever the selector")
+    dense.add_argument("--prefill_sparsity", type=float, nargs="+", default=[], metavar="R",
+                       help="beside dense, read texts by the first signatures too: a chunk 1/R of what is before it")
+    dense.add_argument("--prefill_chunk", type=int, default=4096, metavar="N", help="tokens that choose together")
+    dense.add_argument("--prefill_tail", type=int, default=256, metavar="N", help="last tokens read that read everything")
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     part = commands.add_parser("ppl", parents=[shared, data, context, dense], help="teacher-forced perplexity of long texts")
@@ -69,7 +73,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
                                help="attention recall, by layer and head; a PNG beside --json")
     part.add_argument("--last", type=int, default=64, help="tokens whose attention is looked at")
     part.add_argument("--top", type=int, default=64, help="recall of this many tokens, outside sink and recent")
-    part.set_defaults(dense_layers=0)
+    part.set_defaults(dense_layers=0, prefill_sparsity=[])
     part = commands.add_parser("lm", parents=[shared, context, dense],
                                help="tasks of lm-evaluation-harness (pip install lm-eval)")
     part.add_argument("--tasks", nargs="+", required=True, help="names that the harness knows")
@@ -83,13 +87,17 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 def check_options(options: argparse.Namespace) -> argparse.Namespace:
     check_writable("--json", options.json)
     least = {"sink": 0, "recent": 1, "dense_layers": 0, "seed": 0, "batch_size": 1, "samples": 1, "top": 1, "last": 1,
-             "tail": 1, "limit": 1}
+             "tail": 1, "limit": 1, "prefill_chunk": 1, "prefill_tail": 0}
     for flag, low in least.items():
         value = getattr(options, flag, None)
         if value is not None and value < low:
             raise UserError(f"--{flag} {value} is out of range; it must be at least {low}")
     if min(options.ratios) < 1:
         raise UserError(f"--ratios {min(options.ratios)} is out of range; they must be at least 1")
+    if min(options.prefill_sparsity, default=1) < 1:
+        raise UserError(f"--prefill_sparsity {min(options.prefill_sparsity):g} is out of range; it must be at least 1")
+    if options.prefill_sparsity and not options.signatures:
+        raise UserError("--prefill_sparsity needs --signatures FILE; train_hash.py writes one")
     if options.command == "grid":
         options.context = min(options.contexts)
         if not 0 <= min(options.depths) <= max(options.depths) <= 100:
@@ -121,10 +129,13 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> Iterator[dict]:
     """The rows of the subcommand."""
+    from hashfast.model import PrefillSettings
     from hashfast.research.evaluator import EvalConfig
     from hashfast.research.recall import recall
     from hashfast.research.tasks import grid, needles, ppl
 
+    options.prefill = (PrefillSettings(), *(PrefillSettings("hash", sparsity, options.prefill_chunk, options.prefill_tail)
+                                            for sparsity in options.prefill_sparsity))
     config = EvalConfig(**{field.name: getattr(options, field.name) for field in fields(EvalConfig)})
     plot = options.json and options.json.with_suffix(".png")
     if options.command == "ppl":

@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hashfast.common import UserError
-from hashfast.model import Transformer
+from hashfast.model import PrefillSettings, Transformer
 from hashfast.research.selectors import Method, Observers, make_methods
 from hashfast.runtime.checkpoint import load_model
-from hashfast.runtime.decode import Decoder, prefill
+from hashfast.runtime.decode import Decoder, pairs_read, prefill
 from hashfast.runtime.prompts import read_text
 from hashfast.runtime.sampling import Sampling
 from hashfast.runtime.signatures import load_signatures, model_outline
@@ -30,7 +30,8 @@ class EvalConfig:
     context: tokens of each text or document, the decoded ones included. A budget is context / ratio tokens, at least sink +
     recent. selectors: names in SELECTORS, beside dense. signatures: files, each a hash selector of its own. dense_layers: first
     layers that attend to everything. lsh_bits: of the lsh selector. batch_size: texts decoded together. compile: the blocks of
-    every decode step, which pays off for few selectors.
+    every decode step, which pays off for few selectors. prefill: ways to read the texts, dense first; others by the first
+    signatures.
     """
     checkpoint_path: Path
     context: int = 8192
@@ -46,18 +47,21 @@ class EvalConfig:
     device: str = "cpu"
     precision: str = "float32"
     compile: bool = False
+    prefill: tuple[PrefillSettings, ...] = (PrefillSettings(),)
 
 
 @dataclass
 class Run:
-    """One line of a table: a method at a budget. ratio 1 is the whole context."""
+    """One line of a table: a method at a budget, after texts read as `prefill` says. ratio 1 is the whole context."""
     method: Method
     ratio: int
     budget: int
     decoder: Decoder | None = None
+    prefill: PrefillSettings = PrefillSettings()
 
     def __str__(self) -> str:
-        return f"{self.method.label:28} 1/{self.ratio:<3}"
+        read = f" read 1/{self.prefill.sparsity:<3g}" if self.prefill.mode == "hash" else ""
+        return f"{self.method.label:28} 1/{self.ratio:<3}{read}"
 
 
 class DecodeEvaluator:
@@ -101,13 +105,21 @@ class DecodeEvaluator:
         self.context, self.methods, self.runs = context, [], []
         for attention in self.attentions:
             attention.cache = attention.selector = None  # what was there goes before the new is made
-        self.model.setup_caches(self.batch, context)
+        self.prompts: list[Tensor] = []
+        self.read_as = config.prefill[0]
+        encoders = None
+        if any(way.mode == "hash" for way in config.prefill):
+            encoders, _ = load_signatures(config.signatures[0], self.model.fingerprint())
+        self.model.setup_caches(self.batch, context, encoders)
+        for attention in self.attentions[:config.dense_layers]:
+            attention.encoder = None
         self.methods = make_methods(["dense", *config.selectors], self.model, config.sink, config.recent, config.signatures,
                                     config.lsh_bits, config.dense_layers, config.seed)
         least = config.sink + config.recent
-        self.runs = [Run(self.methods[0], 1, context)]
-        self.runs += [Run(method, ratio, min(context, max(math.ceil(context / ratio), least)))
-                      for method in self.methods[1:] for ratio in config.ratios]
+        for way in config.prefill:
+            self.runs.append(Run(self.methods[0], 1, context, prefill=way))
+            self.runs += [Run(method, ratio, min(context, max(math.ceil(context / ratio), least)), prefill=way)
+                          for method in self.methods[1:] for ratio in config.ratios]
         for ratio in config.ratios:
             if context / ratio <= least:
                 print(f"warning: 1/{ratio} of {context} tokens is no more than --sink and --recent, so nothing is selected; "
@@ -124,7 +136,9 @@ class DecodeEvaluator:
             run.decoder.prepare()
 
     def use(self, run: Run) -> Decoder:
-        """Let decode steps select as `run` does. -> its decoder."""
+        """Let decode steps select as `run` does, after texts read as it wants them. -> its decoder."""
+        if self.prompts and run.prefill != self.read_as:
+            self.read(self.prompts, run.prefill)
         for attention, selector in zip(self.attentions, run.method.layers, strict=True):
             attention.selector = selector
             if selector is not None:
@@ -132,14 +146,18 @@ class DecodeEvaluator:
         return run.decoder
 
     @torch.inference_mode()
-    def read(self, prompts: list[Tensor]) -> None:
-        """Prefill one cache row with each of up to `batch` prompts, int64 [T] each; every selector summarises them."""
+    def read(self, prompts: list[Tensor], way: PrefillSettings | None = None) -> None:
+        """Prefill one cache row with each of up to `batch` prompts, int64 [T] each; every selector summarises them.
+
+        way: how they are read, by default as the first run wants them; `use` reads them again for a run that differs.
+        """
+        self.prompts, self.read_as = prompts, way or self.config.prefill[0]
         for attention, *selectors in zip(self.attentions, *(method.layers for method in self.methods), strict=True):
             attention.selector = Observers([selector for selector in selectors if selector is not None])
         for row, ids in enumerate(prompts):
             if len(ids) == 0:
                 continue
-            prefill(self.model, ids.to(self.config.device), 1, row=row)
+            prefill(self.model, ids.to(self.config.device), 1, row=row, settings=self.read_as)
             for method in self.methods:
                 for attention, selector in zip(self.attentions, method.layers, strict=True):
                     if selector is not None:
@@ -188,10 +206,14 @@ class DecodeEvaluator:
         return (items[i:i + self.batch] for i in range(0, len(items), self.batch))
 
     def row(self, run: Run) -> dict:
-        config = self.config
+        config, way = self.config, {}
+        if len(config.prefill) > 1:
+            way = {"prefill": run.prefill.mode, "prefill_sparsity": run.prefill.sparsity if run.prefill.mode == "hash" else 1,
+                   "chunk": run.prefill.chunk, "pairs_read": pairs_read(self.context, run.prefill,
+                                                                        config.dense_layers / len(self.attentions))}
         return {"model": config.checkpoint_path.resolve().name, "context": self.context, **run.method.about(),
                 "ratio": run.ratio, "budget": run.budget, "sink": config.sink, "recent": config.recent,
-                "dense_layers": config.dense_layers, "precision": config.precision, "seed": config.seed}
+                "dense_layers": config.dense_layers, "precision": config.precision, "seed": config.seed, **way}
 
     def texts(self, paths: Sequence[Path]) -> dict[str, Tensor]:
         """The first `context` tokens of every text, int64 [context]."""

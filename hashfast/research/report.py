@@ -298,7 +298,7 @@ TABLES = {
     "attention": Table("attention*.json", attention_table),
     "decode": Table("decode*.json", decode_table, image=True),
     "latency": Table("latency*.json", latency_table, image=True),
-    "prefill": Table("prefill*.json", prefill_table),
+    "prefill": Table("prefill_[!q]*.json", prefill_table),
     "ragged": Table("ragged*.json", ragged_table),
     "speculate": Table("speculate*.json", speculate_table),
     "parity": Table("parity*.json", parity_table),

@@ -6,7 +6,7 @@ import torch
 from eval_inputs import CONTEXT, RECENT, SINK, config, make_files
 
 from hashfast.common import UserError
-from hashfast.model import SparseSettings
+from hashfast.model import PrefillSettings, SparseSettings
 from hashfast.names import SELECTORS
 from hashfast.research.evaluator import DecodeEvaluator
 from hashfast.runtime.decode import prefill
@@ -42,6 +42,32 @@ def test_hash_is_what_the_model_itself_decodes(files: dict[str, Path]) -> None:
             logits = evaluator.model(ids[None, at:at + 1], torch.tensor([at + 1], dtype=torch.int32))[0, 0]
         assert logits.log_softmax(-1)[ids[at + 1]].item() == pytest.approx(found[0, i].item(), abs=1e-4)
         assert logits.argmax() == likeliest[0, i]
+
+
+def test_texts_are_read_in_several_ways(files: dict[str, Path]) -> None:
+    """Dense first; a run that wants another way gets what a model alone decodes after a prompt read so."""
+    ways = (PrefillSettings(), PrefillSettings("hash", 4, 16, 4), PrefillSettings("hash", 1, 16, 4))
+    evaluator = DecodeEvaluator(config(files, selectors=("hash",), ratios=(4,), prefill=ways), 2)
+    evaluator.prepare()
+    assert [(run.method.selector, run.prefill) for run in evaluator.runs] == [
+        (name, way) for way in ways for name in ("dense", "hash", "hash")]
+    texts, starts = (each[:2] for each in ragged(evaluator))
+    evaluator.read([ids[:start] for ids, start in zip(texts, starts, strict=True)])
+    scores = [evaluator.score(run, texts, starts, 3)[0] for run in evaluator.runs]
+    for full, sparse, whole in zip(scores[:3], scores[3:6], scores[6:], strict=True):
+        torch.testing.assert_close(full, whole, rtol=1e-4, atol=1e-4)
+        assert (full - sparse).abs().max() > 1e-3
+    rows = [evaluator.row(run) for run in evaluator.runs]
+    assert [row["prefill_sparsity"] for row in rows[::3]] == [1, 4, 1] and rows[0]["pairs_read"] == 1 > rows[3]["pairs_read"]
+    encoders = [layer.encoder for layer in evaluator.methods[1].layers]
+    for attention in evaluator.attentions:
+        attention.selector = None
+    evaluator.model.setup_caches(1, CONTEXT, encoders)
+    prefill(evaluator.model, texts[1][:starts[1]], 1, settings=ways[1])
+    for back in (3, 2, 1):
+        ids = texts[1][starts[1]:-back]
+        logits = prefill(evaluator.model, ids, 1, starts[1]).log_softmax(-1)
+        assert scores[3][1, -back].item() == pytest.approx(logits[texts[1][-back]].item(), abs=1e-4)
 
 
 def test_dense_scores_are_those_of_reading_the_text(files: dict[str, Path]) -> None:
