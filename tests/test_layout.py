@@ -13,8 +13,8 @@ FOUR = ("model", "hash_attention", "generate", "train_hash")  # at the top, with
 
 # A module imports those of lower layers, and others of its own layer as long as that makes no circle.
 LAYERS = ({"hashfast", "hashfast.common", "hashfast.kernels"}, {"hashfast.ops", "hashfast.hash_attention"}, {"hashfast.model"},
-          {"hashfast.runtime"}, {"hashfast.research"},
-          {"hashfast.integrations", "hashfast.commands", "hashfast.generate", "hashfast.train_hash"}, {"hashfast.__main__"})
+          {"hashfast.runtime"}, {"hashfast.research"}, {"hashfast.integrations"},
+          {"hashfast.commands", "hashfast.generate", "hashfast.train_hash"}, {"hashfast.__main__"})
 
 
 def module_name(path: Path) -> str:
@@ -56,8 +56,8 @@ def test_layers(name: str) -> None:
         assert layer(other) <= layer(name), f"{name} imports {other}, of a higher layer"
         if name.startswith("hashfast.kernels"):
             assert other.startswith("hashfast.kernels"), f"{name}, a kernel, imports {other}"
-        if layer(name) == 5:
-            assert layer(other) < 5, f"the command {name} imports the command {other}"
+        if layer(name) == 6:
+            assert layer(other) < 6, f"the command {name} imports the command {other}"
 
 
 def test_no_circles() -> None:
