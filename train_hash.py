@@ -7,10 +7,13 @@ and values. The signatures file also holds the recall on held-out sequences, and
 hashfast/research: data.py makes sequences, training.py trains a layer, recipes.py has the losses, recall.py measures.
 """
 import argparse
+import functools
 import hashlib
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,30 +21,47 @@ from tqdm import tqdm
 
 from hashfast.common import Parser, UserError, check_device, check_writable, default_device, environment, run_command
 from hashfast.hash_attention import HashEncoder
-from hashfast.model import Transformer
+from hashfast.model import Fingerprint
 from hashfast.research.budgets import UNIT, calibrate
 from hashfast.research.data import DataConfig, Sequence, make_sequences, read_texts
 from hashfast.research.recall import layer_recall, table
 from hashfast.research.recipes import RECIPES
 from hashfast.research.resume import Partial
-from hashfast.research.training import TrainConfig, capture, check_model, train_layer
+from hashfast.research.training import TrainConfig, capture, check_model, longest_context, train_layer
 from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.signatures import load_signatures, random_encoders, round_weights, save_signatures
 from hashfast.runtime.tokenizer import Tokenizer
 
 
-def train(model: Transformer, encoders: list[HashEncoder], training: list[Sequence], held_out: dict[str, list[Sequence]],
+class Model(NamedTuple):
+    """What training needs of a model. capture: `research.training.capture` of it."""
+    fingerprint: Fingerprint
+    longest: int
+    device: torch.device
+    capture: Callable[[list[Sequence]], Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]]
+
+    @staticmethod
+    def load(folder: Path, device: str, dtype: torch.dtype, backend: str) -> "Model":
+        if backend == "transformers":
+            from hashfast.integrations import transformers, transformers_capture
+            model = transformers_capture.load(folder, device, dtype)
+            return Model(transformers.fingerprint(model), transformers_capture.longest_context(model), model.device,
+                         functools.partial(transformers_capture.capture, model))
+        model = load_model(folder, device, dtype)
+        return Model(model.fingerprint(), longest_context(model), model.output.weight.device, functools.partial(capture, model))
+
+
+def train(model: Model, encoders: list[HashEncoder], training: list[Sequence], held_out: dict[str, list[Sequence]],
           budget: int, config: TrainConfig, layers: list[int], partial: Partial) -> tuple[dict[str, list[dict]], Tensor]:
     """Train the encoders of `layers` in place and measure those of all layers; what `partial` holds is taken from there.
 
     budget: tokens at which recall is measured. -> by kind of held-out text, each layer's recall of the trained encoder and its
     bounds; recall by units of budget, float32 [n_layer, Hs, J].
     """
-    device = model.output.weight.device
-    untrained = random_encoders(encoders[0].config, model.fingerprint(), config.seed + 1)
+    untrained = random_encoders(encoders[0].config, model.fingerprint, config.seed + 1)
     recalls, curves = [], []
     sequences = training + [sequence for kept in held_out.values() for sequence in kept]
-    progress = tqdm(capture(model, sequences), total=len(encoders), desc="layers", unit="layer")
+    progress = tqdm(model.capture(sequences), total=len(encoders), desc="layers", unit="layer")
     for i, (queries, keys, values) in enumerate(progress):
         done = partial.load(i)
         if done is not None:
@@ -49,14 +69,14 @@ def train(model: Transformer, encoders: list[HashEncoder], training: list[Sequen
             curve = state.pop("curve")
             encoders[i].load_state_dict(state)
         else:
-            encoders[i].to(device)
+            encoders[i].to(model.device)
             if i in layers:
                 encoders[i], losses = train_layer(encoders[i], queries[:len(training)], keys[:len(training)],
                                                   [sequence.question for sequence in training],
                                                   replace(config, seed=config.seed * 100_003 + i))
                 progress.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
             round_weights(encoders[i])  # recall is of what the file will hold
-            recall, curve = layer_recall({"random": untrained[i].to(device), "trained": encoders[i]}, held_out,
+            recall, curve = layer_recall({"random": untrained[i].to(model.device), "trained": encoders[i]}, held_out,
                                          queries[len(training):], keys[len(training):], budget, config)
             partial.save(i, encoders[i].state_dict() | {"curve": curve}, recall)
         recalls.append(recall)
@@ -85,6 +105,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, nargs="+", help="train these alone; the others stay random projections")
     parser.add_argument("--sink", type=int, default=64, help="first tokens that are always attended to (default: 64)")
     parser.add_argument("--recent", type=int, default=128, help="last tokens that are always attended to (default: 128)")
+    parser.add_argument("--backend", choices=("hashfast", "transformers"), default="hashfast",
+                        help="what runs the model; transformers: any decoder with rotary, full, grouped-query attention")
     parser.add_argument("--resume", action="store_true", help="go on from the layers that OUT.partial holds")
     parser.add_argument("--calibrate", action="store_true", help="measure --out as it is: held-out figures and budgets anew")
     parser.add_argument("--seed", type=int, default=0)
@@ -111,13 +133,13 @@ def check_arguments(args: argparse.Namespace) -> None:
                         f"{2 * (args.sink + args.recent + 64)} or a smaller --sink and --recent")
 
 
-def run_settings(args: argparse.Namespace, encoder: HashEncoder, model: Transformer, texts: dict[str, str]) -> dict:
+def run_settings(args: argparse.Namespace, encoder: HashEncoder, model: Fingerprint, texts: dict[str, str]) -> dict:
     """All that a layer's result depends on, for Partial."""
     names = ("recipe", "context", "sequences", "needles", "steps", "layers", "sink", "recent", "seed", "device", "precision",
-             "calibrate")
+             "calibrate", "backend")
     digest = hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()[:16]
     return {**asdict(encoder.config), **{name: getattr(args, name) for name in names}, "data": digest,
-            **asdict(model.fingerprint()), "checkpoint_path": str(args.checkpoint_path.resolve()), "torch": torch.__version__}
+            **asdict(model), "checkpoint_path": str(args.checkpoint_path.resolve()), "torch": torch.__version__}
 
 
 def main() -> None:
@@ -131,14 +153,14 @@ def main() -> None:
     begin = time.perf_counter()
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32: codes are learned as well, several times as fast
-    model = load_model(args.checkpoint_path, args.device, getattr(torch, args.precision))
-    check_model(model, args.context, args.layers)
-    fingerprint = model.fingerprint()
+    model = Model.load(args.checkpoint_path, args.device, getattr(torch, args.precision), args.backend)
+    fingerprint = model.fingerprint
+    check_model(model.longest, fingerprint.n_layer, args.context, args.layers)
     layers = list(range(fingerprint.n_layer)) if args.layers is None else args.layers
     encoders, about = random_encoders(shape, fingerprint, args.seed), {}
     if args.calibrate:
         layers, (encoders, about) = [], load_signatures(args.out, fingerprint)
-    partial = Partial(args.out, run_settings(args, encoders[0], model, texts), args.resume)
+    partial = Partial(args.out, run_settings(args, encoders[0], fingerprint, texts), args.resume)
     training, held_out = make_sequences(texts, Tokenizer.load(args.checkpoint_path).encode,
                                         DataConfig(args.context, args.sequences, args.needles, args.seed))
 

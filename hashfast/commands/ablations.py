@@ -13,7 +13,7 @@ from hashfast.common import Parser, UserError, check_device, check_writable, def
 from hashfast.research.ablations import VARIANTS, ablate
 from hashfast.research.data import DataConfig, read_texts
 from hashfast.research.report import ablations_table, save_results
-from hashfast.research.training import TrainConfig, check_model
+from hashfast.research.training import TrainConfig, check_model, longest_context
 from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.tokenizer import Tokenizer
 
@@ -51,7 +51,7 @@ def main() -> None:
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")
     model = load_model(args.checkpoint_path, args.device, getattr(torch, args.precision))
-    check_model(model, args.context, args.layers)
+    check_model(longest_context(model), model.args.n_layer, args.context, args.layers)
     layers = args.layers or sorted({round(i * (model.args.n_layer - 1) / 6) for i in range(1, 7)})
     data = DataConfig(args.context, args.sequences, args.needles, args.seed)
     config = TrainConfig(steps=args.steps, sink=args.sink, recent=args.recent, seed=args.seed)

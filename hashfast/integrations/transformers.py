@@ -1,4 +1,4 @@
-"""Hash attention in transformers (>= 5.17): `enable(model)`, then `model.generate` and all that is built on it read by signatures.
+"""Hash attention in transformers (>= 5.17): `enable(model)`, then `model.generate` and what is built on it read by signatures.
 
 Three parts of transformers' own interface are implemented here. Of a call of `generate`:
     mask       `count_pads`: not a mask [B, 1, T, S] but each row's padding tokens, int32 [B, 1, 1, 1]
@@ -10,32 +10,33 @@ Prompts are padded on the left. A row's tokens are stored from 0 on, without its
 
 Symbols: B batch, T tokens per sequence in this call, S cache length, Hq query heads, Hkv key/value heads, D head_dim.
 """
-import functools
 import hashlib
 import inspect
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.generation import GenerationConfig, GenerationMode
+from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hashfast.common import UserError
 from hashfast.hash_attention import HashConfig, HashEncoder, dense_attention, select_tokens, sparse_attention
 from hashfast.model import Fingerprint, KVCache, RopeScaling, SparseSettings
-from hashfast.research.data import Sequence
 from hashfast.runtime.checkpoint import Fields, read_rope
 from hashfast.runtime.memory import sparse_settings
 from hashfast.runtime.signatures import load_signatures, random_encoders
 
 NAME = "hashfast"  # of the attention implementation
+# a model's argument for its cache: cache from transformers 5.24 on
+CACHE = next(name for name in ("cache", "past_key_values")
+             if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters)
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 NORM_ORDER = ("input_layernorm", "q_norm", "k_norm", "post_attention_layernorm")  # as model.py's layers hold theirs
 
@@ -113,8 +114,7 @@ class HashCacheLayer(CacheLayer):
                                     shift=state.encoder.shift, caches=(state.k, state.v))
             return sparse_attention(q[:, :, 0].contiguous(), state.k, state.v, indices, scale)[0][:, None]
         if fresh and not self.padded:
-            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale,
-                                                              enable_gqa=True).transpose(1, 2)
+            return causal_attention(q, k, v, scale)
         return dense_attention(q.transpose(1, 2).contiguous(), state.k, state.v, seq_lens, scale)[0]
 
     def append(self, k: Tensor, v: Tensor, seq_lens: Tensor) -> None:
@@ -137,6 +137,11 @@ class HashCacheLayer(CacheLayer):
 
     def get_max_length(self) -> int:
         return self.state.length
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Of tokens among themselves. q [B, Hq, T, D], k and v [B, Hkv, T, D] -> [B, T, Hq, D]."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
 def query_for_hash(q: Tensor, scale: float) -> Tensor:
@@ -198,8 +203,8 @@ class Enabled:
         length = max(call["max_cache_length"], getattr(settings, "max_cache_len", None) or 0)
         window = binding_window(self.model)
         if window is not None and call["max_cache_length"] > window:
-            raise UserError(f"prompt and answer of {call['max_cache_length'] + 1} tokens outgrow this model's sliding window of "
-                            f"{window}, which hash attention does not know; shorten them, or disable(model)")
+            raise UserError(f"prompt and answer of {call['max_cache_length'] + 1} tokens outgrow this model's sliding window "
+                            f"of {window}, which hash attention does not know; shorten them, or disable(model)")
         cache = self.make_cache(call["batch_size"] * settings.num_return_sequences, length, call["max_cache_length"] + 1)
         mask = inputs.get("attention_mask")
         padded = mask is not None and bool((mask == 0).any())
@@ -207,7 +212,7 @@ class Enabled:
             raise UserError("the attention mask hides tokens behind others; pad prompts on the left (tokenizer.padding_side)")
         for layer in cache.layers:
             layer.padded = padded
-        inputs["past_key_values"] = cache
+        inputs[CACHE] = cache
 
     def make_cache(self, batch: int, length: int, tokens: int) -> Cache:
         """An empty cache of at least `length` tokens: the one of the call before, where it fits, so that nothing is compiled
@@ -275,8 +280,8 @@ def refuse_model(model: PreTrainedModel) -> None:
     config = model.config
 
     def refuse(what: str) -> None:
-        raise UserError(f"{type(model).__name__} {what}; hash attention is for decoders with rotary embeddings, grouped-query and "
-                        "full attention")
+        raise UserError(f"{type(model).__name__} {what}; hash attention is for decoders with rotary embeddings and full, "
+                        "grouped-query attention")
 
     if config.is_encoder_decoder:
         refuse("is an encoder-decoder")
@@ -300,14 +305,15 @@ def refuse_model(model: PreTrainedModel) -> None:
 def refuse_generation(settings: GenerationConfig, mode: GenerationMode, inputs: dict[str, Any]) -> None:
     """UserError for calls of generate that one static cache cannot serve."""
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or getattr(settings, "is_assistant", False):
-        raise UserError(f"generate by {mode.value.replace('_', ' ')} is not supported with hash attention, only greedy search and "
-                        "sampling; disable(model) before")
-    if inputs.get("past_key_values") is not None:
+        raise UserError(f"generate by {mode.value.replace('_', ' ')} is not supported with hash attention, only greedy search "
+                        "and sampling; disable(model) before")
+    if any(inputs.get(name) is not None for name in ("cache", "past_key_values")):
         raise UserError("past_key_values is a cache of your own, and hash attention keeps signatures in its; leave it out")
     if not settings.use_cache:
         raise UserError("use_cache=False leaves nothing to select from; leave it out, or disable(model)")
     if settings.cache_implementation not in (None, "dynamic", "static"):
-        raise UserError(f"cache_implementation={settings.cache_implementation!r} is another cache than hash attention's; leave it out")
+        raise UserError(f"cache_implementation={settings.cache_implementation!r} is another cache than hash attention's; "
+                        "leave it out")
 
 
 def binding_window(model: PreTrainedModel) -> int | None:
@@ -331,7 +337,8 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     try:
         theta, scaling = read_rope(Fields(values, "the model's config"), config.max_position_embeddings)
     except UserError:  # a kind that model.py does not know
-        theta, scaling = float(rope["rope_theta"]), RopeScaling(rope.get("rope_type", "default"), float(rope.get("factor") or 1))
+        theta = float(rope["rope_theta"])
+        scaling = RopeScaling(rope.get("rope_type", "default"), float(rope.get("factor") or 1))
     n_head = config.num_attention_heads
     return Fingerprint(config.num_hidden_layers, n_head, getattr(config, "num_key_value_heads", None) or n_head,
                        getattr(config, "head_dim", None) or config.hidden_size // n_head, theta, config.vocab_size, scaling,
