@@ -107,12 +107,13 @@ class HashCacheLayer(CacheLayer):
         state, T = self.state, q.shape[2]
         seq_lens = state.seen - pads.flatten()  # [B]
         self.append(k, v, seq_lens)
-        fresh, self.fresh = self.fresh, False
         if T == 1:
+            self.fresh = False
             planes = state.encoder.encode_queries(query_for_hash(q, scale)[:, :, 0])
             indices = select_tokens(planes, state.signatures, seq_lens, state.budget, state.sink, state.recent,
                                     shift=state.encoder.shift, caches=(state.k, state.v))
             return sparse_attention(q[:, :, 0].contiguous(), state.k, state.v, indices, scale)[0][:, None]
+        fresh, self.fresh = self.fresh, False
         if fresh and not self.padded:
             return causal_attention(q, k, v, scale)
         return dense_attention(q.transpose(1, 2).contiguous(), state.k, state.v, seq_lens, scale)[0]
