@@ -191,7 +191,7 @@ class Enabled:
 
     def __init__(self, model: PreTrainedModel, encoders: list[HashEncoder], budget: int, sparsity: float | None, sink: int,
                  recent: int) -> None:
-        self.model, self.encoders = model, encoders
+        self.model, self.encoders, self.shape = model, encoders, fingerprint(model)
         self.budget, self.sparsity, self.sink, self.recent = budget, sparsity, sink, recent
         self.before = model.config._attn_implementation
         self.cache: Cache | None = None
@@ -206,16 +206,14 @@ class Enabled:
         if window is not None and call["max_cache_length"] > window:
             raise UserError(f"prompt and answer of {call['max_cache_length'] + 1} tokens outgrow this model's sliding window "
                             f"of {window}, which hash attention does not know; shorten them, or disable(model)")
-        cache = self.make_cache(call["batch_size"] * settings.num_return_sequences, length, call["max_cache_length"] + 1)
         mask = inputs.get("attention_mask")
         padded = mask is not None and bool((mask == 0).any())
         if padded and bool((mask[:, 1:] < mask[:, :-1]).any()):
             raise UserError("the attention mask hides tokens behind others; pad prompts on the left (tokenizer.padding_side)")
-        for layer in cache.layers:
-            layer.padded = padded
-        inputs[CACHE] = cache
+        inputs[CACHE] = self.make_cache(call["batch_size"] * settings.num_return_sequences, length,
+                                        call["max_cache_length"] + 1, padded)
 
-    def make_cache(self, batch: int, length: int, tokens: int) -> Cache:
+    def make_cache(self, batch: int, length: int, tokens: int, padded: bool) -> Cache:
         """An empty cache of at least `length` tokens: the one of the call before, where it fits, so that nothing is compiled
         again. tokens: of prompt and answer, which `sparsity` is a share of."""
         last = self.cache.layers[0].state if self.cache is not None else None
@@ -224,12 +222,14 @@ class Enabled:
         sparse = sparse_settings(length, tokens, self.budget, self.sparsity, self.sink, self.recent)
         if last is None or (last.k.shape[0], last.length, last.budget) != (batch, length, sparse.budget):
             self.cache = last = None  # before the next one is allocated
-            seen = torch.zeros((), dtype=torch.int32, device=self.model.device)
-            shape = fingerprint(self.model)
-            self.cache = Cache(layers=[
-                HashCacheLayer(LayerState(batch, length, shape, encoder, sparse, seen, self.model.dtype), i == 0)
-                for i, encoder in enumerate(self.encoders)])
+            with torch.inference_mode(False):  # buffers made in that mode could not be written outside of it
+                seen = torch.zeros((), dtype=torch.int32, device=self.model.device)
+                self.cache = Cache(layers=[
+                    HashCacheLayer(LayerState(batch, length, self.shape, encoder, sparse, seen, self.model.dtype), i == 0)
+                    for i, encoder in enumerate(self.encoders)])
         self.cache.reset()
+        for layer in self.cache.layers:
+            layer.padded = padded
         return self.cache
 
 
@@ -272,6 +272,14 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
         del model._prepare_cache_for_generation
         model.set_attn_implementation(state.before)
     return model
+
+
+def new_cache(model: PreTrainedModel, batch: int, length: int, padded: bool) -> Cache:
+    """An empty cache for forward passes of an enabled model without `generate`; the next one overwrites it.
+
+    padded: some row begins with padding, which the attention mask of every pass says.
+    """
+    return model._hashfast.make_cache(batch, length, length + 1, padded)
 
 
 # --------------------------------------------------------------------------------------------------------------- refusals
