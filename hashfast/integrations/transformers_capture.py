@@ -86,7 +86,7 @@ def capture(model: PreTrainedModel, sequences: list[Sequence]) -> Iterator[tuple
     try:
         hidden, arguments = [], {}
         for sequence in sequences:
-            x, others = _layer_inputs(model, layers[0], sequence.ids[None].to(model.device), cache)
+            x, others = _layer_inputs(model, layers[0], sequence.ids.to(model.device), cache)
             hidden.append(x)
             arguments[x.shape[1]] = others  # of one length they are the same
         for layer in layers:

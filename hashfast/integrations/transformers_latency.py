@@ -1,4 +1,4 @@
-"""Latency of transformers' generate by attention implementation: hash attention beside SDPA and FlashAttention, random weights."""
+"""Latency of transformers' generate: hash attention beside SDPA and FlashAttention, random weights."""
 import statistics
 import time
 from collections.abc import Iterator
@@ -73,6 +73,7 @@ def time_generate(model: PreTrainedModel, name: str, batch: int, context: int, i
             model.generate(ids, stopping_criteria=[clock], **options)
     finally:
         disable(model)
+        model.__dict__.pop("_previous_max_cache_length", None)  # the next shape's static cache may be shorter
     peak = torch.cuda.max_memory_allocated() / 2 ** 30 if device.startswith("cuda") else None
     times = [1000 * (b - a) for a, b in zip(clock.times, clock.times[1:], strict=False)]
     return {"model": name, "context": context, "batch": batch, "implementation": implementation,
