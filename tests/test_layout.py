@@ -1,5 +1,6 @@
 """The import rule: who may import whom, by which name, and what must not be needed to import anything."""
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -105,7 +106,9 @@ def test_command_lines_are_read_by_commands(name: str) -> None:
 
 
 def test_everything_imports_without_triton_and_gpu() -> None:
-    names = [name for name in FILES if not name.startswith("hashfast.kernels.")]
+    missing = importlib.util.find_spec("accelerate") is None  # the harness's models import it
+    names = [name for name in FILES if not name.startswith("hashfast.kernels.")
+             and not (missing and name == "hashfast.integrations.lm_eval")]
     code = f"""import importlib, sys
 sys.modules["triton"] = None
 for name in {names}:

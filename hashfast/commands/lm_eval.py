@@ -2,10 +2,14 @@
 
     python -m hashfast lm-eval run --model hashfast --model_args pretrained=FOLDER,signatures=FILE,sparsity=16 --tasks hellaswag
 """
-from lm_eval.__main__ import cli_evaluate
+import importlib
 
-import hashfast.integrations.lm_eval  # noqa: F401 (registers the model; lm_eval 0.4.13 reads no entry points)
+from hashfast.common import UserError
 
 
 def main() -> None:
-    cli_evaluate()
+    try:  # this registers the model, as lm_eval 0.4.13 reads no entry points
+        importlib.import_module("hashfast.integrations.lm_eval")
+    except ImportError as error:
+        raise UserError(f"a package that lm-eval needs is missing ({error}); pip install 'lm-eval[hf]'") from error
+    importlib.import_module("lm_eval.__main__").cli_evaluate()
