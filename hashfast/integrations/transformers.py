@@ -216,6 +216,7 @@ class Enabled:
     def make_cache(self, batch: int, length: int, tokens: int, padded: bool) -> Cache:
         """An empty cache of at least `length` tokens: the one of the call before, where it fits, so that nothing is compiled
         again. tokens: of prompt and answer, which `sparsity` is a share of."""
+        length += -length % 16  # so that KVCache's signatures are no view: of one, a compiled step would read a copy
         last = self.cache.layers[0].state if self.cache is not None else None
         if last is not None and last.k.shape[0] == batch:
             length = max(length, last.length)

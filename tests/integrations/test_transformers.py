@@ -130,7 +130,7 @@ def test_a_cache_serves_calls_that_fit(llama) -> None:
         assert torch.equal(answer(llama), first)
     assert llama._hashfast.cache is cache
     answer(llama, max_new_tokens=12)
-    assert llama._hashfast.cache is not cache and llama._hashfast.cache.get_max_length() == 35
+    assert llama._hashfast.cache is not cache and llama._hashfast.cache.get_max_length() == 48
     answer(llama, ids=batch()[0][:1])
     assert llama._hashfast.cache.batch_size == 1
 
