@@ -1,5 +1,6 @@
 """enable(model): the model's answers where the budget covers the text, our decoder's where it does not, refusals by name."""
 import functools
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -7,25 +8,29 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Ran
+from eval_inputs import PROSE
 from torch import Tensor
 
 import hashfast
 from hashfast import train_hash
+from hashfast.commands import eval
 from hashfast.common import UserError
 from hashfast.hash_attention import HashConfig
 from hashfast.integrations.transformers_latency import random_transformers, time_generate
 from hashfast.model import ModelArgs, RopeScaling, SparseSettings
 from hashfast.research.data import Sequence
+from hashfast.research.evaluator import DecodeEvaluator, EvalConfig
+from hashfast.research.tasks import EXTRA, make_question
 from hashfast.research.training import capture as capture_ours
 from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.decode import prefill
-from hashfast.runtime.signatures import load_signatures, random_encoders
+from hashfast.runtime.signatures import load_signatures, random_encoders, save_signatures
 
 transformers = pytest.importorskip("transformers")
 from transformers.cache_utils import Cache  # noqa: E402
 
 from hashfast.integrations import transformers as hf  # noqa: E402
-from hashfast.integrations import transformers_capture  # noqa: E402
+from hashfast.integrations import transformers_capture, transformers_needles  # noqa: E402
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Olmo2", "Granite", "SmolLM3")
 SHAPE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -128,7 +133,7 @@ def test_a_cache_serves_calls_that_fit(llama) -> None:
     answer(llama, ids=batch(2)[0][:, :9])
     with torch.inference_mode():
         assert torch.equal(answer(llama), first)
-    assert llama._hashfast.cache is cache
+    assert llama._hashfast.cache is cache and cache.layers[0].state.signatures.is_contiguous()
     answer(llama, max_new_tokens=12)
     assert llama._hashfast.cache is not cache and llama._hashfast.cache.get_max_length() == 48
     answer(llama, ids=batch()[0][:1])
@@ -296,3 +301,30 @@ def test_a_row_of_the_bench(implementation: str) -> None:
 
 def test_hashfast_has_both() -> None:
     assert hashfast.enable is hf.enable and hashfast.disable is hf.disable
+
+
+def test_needles_are_answered_as_our_decoder_does(tiny_checkpoint: Path, tmp_path: Path,
+                                                  in_process: Callable[..., Ran]) -> None:
+    made = transformers_capture.load(tiny_checkpoint, "cpu", torch.float32)
+    signatures, prose = tmp_path / "tiny.safetensors", tmp_path / "prose.txt"
+    save_signatures(signatures, encoders(made), hf.fingerprint(made), {})
+    prose.write_text(PROSE)
+    evaluator = DecodeEvaluator(EvalConfig(tiny_checkpoint, 480, ("hash",), (signatures,), (16,), sink=4, recent=8), 1)
+    evaluator.prepare()
+    question = make_question(evaluator, [prose], "single", 480, 0)
+    asked, count = len(question.ids) - question.answer, question.answer + EXTRA
+    evaluator.read([question.ids[:question.context]])
+    evaluator.score(evaluator.runs[1], [question.ids], [question.context], 1)
+    wanted = evaluator.continue_greedily(evaluator.runs[1], [int(question.ids[asked - 1])], [asked - 1], count)
+    hf.enable(made, signatures, budget=30, sink=4, recent=8)
+    assert transformers_needles.greedy_answer(made, question) == wanted[0]
+
+    flags = ("--checkpoint_path", tiny_checkpoint, "--device", "cpu", "--data", prose, "--context", 480, "--sink", 4,
+             "--recent", 8, "--backend", "transformers", "--tasks", "single", "--samples", 1)
+    rows = tmp_path / "rows.json"
+    ran = in_process(eval.main, "hashfast eval", "needles", *flags, "--signatures", signatures, "--json", rows)
+    assert ran.code == 0, ran.err
+    assert [(row["ratio"], row["budget"], row["samples"]) for row in json.loads(rows.read_text())["rows"]] == [
+        (16, 30, 1), (32, 15, 1)]
+    ran = in_process(eval.main, "hashfast eval", "needles", *flags)
+    assert ran.code == 2 and "--backend transformers measures --signatures FILE alone" in ran.err
