@@ -125,9 +125,12 @@ class HashEncoder(nn.Module):
 
     def encode_queries(self, q: Tensor) -> Tensor:
         """Bit planes of queries after RoPE. q [B, Hq, D] -> int32 [B, Hs, 1 + P, W], the sign plane first."""
-        codes = self.query_codes(q.unsqueeze(2)).squeeze(2)  # [B, Hq, b]
-        codes = codes.unflatten(1, (self.n_signature_head, self.group))  # [B, Hs, G, b]
-        return weight_planes(query_weights(codes, self.config), self.config.planes(self.group))
+        return weight_planes(self.weigh_queries(q.unsqueeze(2))[:, :, 0].int(), self.config.planes(self.group))
+
+    def weigh_queries(self, q: Tensor) -> Tensor:
+        """The integer weights that planes hold, of several queries after RoPE. q [B, Hq, T, D] -> int8 [B, Hs, T, b]."""
+        codes = self.query_codes(q).unflatten(1, (self.n_signature_head, self.group))  # [B, Hs, G, T, b]
+        return query_weights(codes, self.config).to(torch.int8)
 
 
 def _perceptron(heads: int, widths: list[int]) -> nn.ModuleList:
@@ -151,7 +154,7 @@ def _apply_perceptron(layers: nn.ModuleList, x: Tensor) -> Tensor:
 
 
 def query_weights(codes: Tensor, config: HashConfig) -> Tensor:
-    """Integer weight of every signature bit. codes [B, Hs, G, b] real -> int32 [B, Hs, b].
+    """Integer weight of every signature bit. codes [B, Hs, G, .., b] real -> int32 [B, Hs, .., b].
 
     query_bits >= 2: the group's codes are summed and scaled so that the largest becomes the largest integer.
     query_bits = 1: the sum of the heads' signs, so that ranking by score is ranking by summed Hamming similarity.
@@ -224,18 +227,22 @@ def select_tokens_reference(planes: Tensor, signatures: Tensor, seq_lens: Tensor
     budget: tokens per signature head, an int or int32 [Hs] on the device, each at least sink + recent and at most K.
     K: slots in the result; the int budget where not given.  shift: `HashEncoder.shift`.
     """
-    S = signatures.shape[2]
-    K = _slots(budget, K, S, sink, recent)
-    position = torch.arange(S, dtype=torch.int32, device=signatures.device)
-    length = seq_lens[:, None, None]  # [B, 1, 1]
     bins = score_bins(score_reference(planes, signatures), planes, shift)
+    return top_tokens(bins, seq_lens, budget, sink, recent, _slots(budget, K, signatures.shape[2], sink, recent))
+
+
+def top_tokens(bins: Tensor, seq_lens: Tensor, budget: int | Tensor, sink: int, recent: int, K: int) -> Tensor:
+    """`select_tokens_reference` from the bins of all tokens on: int32 [B, Hs, S] -> indices int32 [B, Hs, K]."""
+    S = bins.shape[2]
+    position = torch.arange(S, dtype=torch.int32, device=bins.device)
+    length = seq_lens[:, None, None]  # [B, 1, 1]
     always = (position < sink) | (position >= length - recent)  # [B, 1, S]
     rank = torch.where(position < length, torch.where(always, NUM_BINS, bins), -1)
     # one integer per token orders by (rank descending, position ascending)
     order = rank.to(torch.int64) * S + (S - 1 - position)
     best = order.topk(min(K, S), dim=-1).values  # [B, Hs, min(K, S)]
     indices = (S - 1 - best % S).to(torch.int32)
-    slot = torch.arange(min(K, S), device=signatures.device)
+    slot = torch.arange(min(K, S), device=bins.device)
     limit = budget[:, None] if isinstance(budget, Tensor) else budget
     indices = torch.where((best >= 0) & (slot < limit), indices, -1)
     return F.pad(indices, (0, K - min(K, S)), value=-1)

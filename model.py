@@ -1,7 +1,8 @@
 """Llama, Mistral, Qwen2 and Qwen3 in one file: a decoder whose decode step may attend to the tokens that signatures choose.
 
 Two ways through the model:
-    prefill   one sequence's prompt, in chunks of host-known position; dense attention; fills K, V and signatures
+    prefill   one sequence's prompt, in chunks of host-known position, which see all that is cached or what signatures choose;
+              fills K, V and signatures
     forward   one decode step for the whole batch; lengths live on the device, every shape is static (one CUDA graph)
 
 Symbols: B batch, T tokens per sequence in this call, S cache length, d model width, Hq query heads, Hkv key/value heads,
@@ -28,6 +29,7 @@ from hashfast.hash_attention import (
 )
 from hashfast.ops.linear import linear, rms_norm
 from hashfast.ops.prompt_attention import causal_attention
+from hashfast.ops.prompt_selection import PrefixRows, gather_rows, prefix_rows, rows_read, sampled_positions, select_rows
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,32 @@ class SparseSettings:
                 raise UserError(f"the budgets {heads} of layer {i} must be from {least} (sink and recent) to {self.budget}")
 
 
+@dataclass(frozen=True)
+class PrefillSettings:
+    """How prompts are read. By default each token sees all before it.
+
+    mode: "dense", or "hash": a chunk attends to itself and to about 1 / `sparsity` of what is cached, chosen by signatures
+        (ops/prompt_selection.py); layers without an encoder stay dense.
+    chunk: tokens that choose together, part of the method; chunks begin at its multiples.
+    tail: the last tokens of a prompt, which read everything, so that a question is never sampled away.
+    """
+    mode: str = "dense"
+    sparsity: float = 16
+    chunk: int = 4096
+    tail: int = 256
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("dense", "hash"):
+            raise UserError(f"prompts are read 'dense' or 'hash', not {self.mode!r}")
+        if self.sparsity < 1 or self.chunk < 1 or self.tail < 0:
+            raise UserError(f"a prompt read 1/{self.sparsity} at a time of {self.chunk} tokens with a tail of {self.tail}: "
+                            "give a sparsity and a chunk of at least 1, and a tail of at least 0")
+
+    def gathered(self, length: int) -> int:
+        """Cached tokens that a chunk of a prompt of `length` reads at most where it chooses."""
+        return rows_read(length, self.chunk, self.sparsity) if self.mode == "hash" else 0
+
+
 class KVCache(nn.Module):
     """Static buffers of one layer: k, v [B, Hkv, S, D] and, with an encoder, signatures int32 [B, Hs, S, W]."""
 
@@ -128,7 +156,7 @@ class KVCache(nn.Module):
         self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
         signatures = None
         if encoder is not None:
-            # a row of whole 64 bytes in memory: otherwise signatures are loaded one by one, not four at a time
+            # rows padded to 64 bytes, or loads of four signatures at a time are not vectorised
             shape = (batch, encoder.n_signature_head, length + -length % 16, encoder.config.words)
             signatures = torch.zeros(shape, device=device, dtype=torch.int32)[:, :, :length]
         self.register_buffer("signatures", signatures, persistent=False)
@@ -214,16 +242,27 @@ class Attention(nn.Module):
                                     K=self.sparse.budget, shift=self.encoder.shift, caches=(cache.k, cache.v))
         return sparse_attention(q[:, 0], cache.k, cache.v, indices)[0][:, None]
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, signatures: Tensor | None, row: int, start: int, count: int) -> Tensor:
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, signatures: Tensor | None, weights: Tensor | None, row: int, start: int,
+                count: int, rows: PrefixRows | None = None) -> Tensor:
         """Attend to one sequence's `start` cached tokens and, causally, to these, the first `count` of which are cached.
 
-        Shapes as `TransformerBlock.project` gives them; what comes after `count` is padding. -> [1, T, Hq, D]
+        Shapes as `TransformerBlock.project` gives them; what comes after `count` is padding. rows: how many cached tokens are
+        read, chosen by `weights`; None, or without weights: all. -> [1, T, Hq, D]
         """
-        attended = causal_attention(q, k, v, functools.partial(self.cache.read, row), start)
+        cache, length = self.cache, start
+        read = functools.partial(cache.read, row)
+        if rows is not None and weights is not None:
+            chosen = select_rows(weights[0], cache.signatures[row], self.n_kv_head, start, rows, self.encoder.shift)
+            gathered = gather_rows(cache.k[row], cache.v[row], chosen, rows.most)
+            length = rows.count
+
+            def read(first: int, last: int) -> tuple[Tensor, ...]:
+                return tuple(x[:, :, first:last] for x in gathered)
+        attended = causal_attention(q, k, v, read, length)
         k, v = k[:, :, :count], v[:, :, :count]
         if self.selector is not None:
             self.selector.observe(q[:, :count], k, row, start)
-        self.cache.write(row, start, k, v, signatures[:, :, :count] if signatures is not None else None)
+        cache.write(row, start, k, v, signatures[:, :, :count] if signatures is not None else None)
         return attended
 
 
@@ -240,21 +279,27 @@ class TransformerBlock(nn.Module):
         qkv = linear(x, self.attention.wqkv, self.attention_norm)
         return self.finish(x, self.attention.decode(qkv, cos, sin, seq_lens))
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What a prompt chunk needs of this layer before attention: q, k, v as `Attention.project` gives them, signatures."""
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor,
+                sample: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What a prompt chunk needs of this layer before attention: q, k, v as `Attention.project` gives them, signatures, and
+        the weights int8 [1, Hs, Q, b] of the queries at `sample` (int64 [Q]); the latter two None without encoder or sample."""
         q, k, v = self.attention.project(self.attention_norm(x), cos, sin)
-        return q, k, v, self.attention.encoder.encode_keys(k) if self.attention.encoder is not None else None
+        encoder = self.attention.encoder
+        signatures = encoder.encode_keys(k) if encoder is not None else None
+        if encoder is None or sample is None:
+            return q, k, v, signatures, None
+        return q, k, v, signatures, encoder.weigh_queries(q[:, sample].transpose(1, 2))
 
     def prompt(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor] | None = None,
-               parts: tuple[Callable, ...] = ()) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The layer's dense pass over prompt tokens: x [B, T, d], cos and sin [B, T, D / 2] -> the next x, and q, k and v.
+               parts: tuple[Callable, ...] = (), sample: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The layer's pass over prompt tokens: x [B, T, d], cos and sin [B, T, D / 2] -> the next x, and q, k and v.
 
-        attend(q, k, v, signatures) -> [B, T, Hq, D]; by default causal attention among these tokens alone, without a cache.
+        attend(what `project` gives) -> [B, T, Hq, D]; by default causal attention among these tokens alone, without a cache.
         parts: `project` and `finish` compiled.
         """
         project, finish = parts or (TransformerBlock.project, TransformerBlock.finish)
-        q, k, v, signatures = project(self, x, cos, sin)
-        attended = causal_attention(q, k, v) if attend is None else attend(q, k, v, signatures)
+        q, k, v, *chosen_by = project(self, x, cos, sin, sample)
+        attended = causal_attention(q, k, v) if attend is None else attend(q, k, v, *chosen_by)
         return finish(self, x, attended), q, k, v
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -340,17 +385,23 @@ class Transformer(nn.Module):
         self.compiled_parts = tuple(torch.compile(part, fullgraph=True, dynamic=False)
                                     for part in (TransformerBlock.project, TransformerBlock.finish))
 
-    def prefill(self, tokens: Tensor, row: int = 0, start: int = 0) -> Tensor:
-        """One prompt chunk of sequence `row` at position `start`. tokens int64 [T] -> logits of the last position [vocab]."""
-        count = len(tokens)
+    def prefill(self, tokens: Tensor, row: int = 0, start: int = 0, settings: PrefillSettings | None = None) -> Tensor:
+        """One prompt chunk of sequence `row` at position `start`. tokens int64 [T] -> logits of the last position [vocab].
+
+        settings: of mode "hash": layers with an encoder read only part of what is cached. Its tail is the caller's.
+        """
+        count, sample, rows = len(tokens), None, None
+        if settings is not None and settings.mode == "hash":
+            rows = prefix_rows(start, settings.chunk, settings.sparsity, self.layers[0].attention.cache.k.shape[2])
+            sample = sampled_positions(count, tokens.device)
         parts: tuple[Callable, ...] = ()
         if self.static_chunk // 2 < count <= self.static_chunk:
             parts = self.compiled_parts
             tokens = F.pad(tokens, (0, self.static_chunk - count))  # no token before it sees the padding
         x, cos, sin = self.embed(tokens[None], torch.arange(start, start + len(tokens), device=tokens.device)[None])
         for layer in self.layers:
-            attend = functools.partial(layer.attention.prefill, row=row, start=start, count=count)
-            x = layer.prompt(x, cos, sin, attend, parts)[0]
+            attend = functools.partial(layer.attention.prefill, row=row, start=start, count=count, rows=rows)
+            x = layer.prompt(x, cos, sin, attend, parts, sample)[0]
         return self.logits(x[:, count - 1:count])[0, 0]
 
     def stem(self, tokens: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ import os
 import sys
 
 import hashfast
-from hashfast.common import run_command
+from hashfast.common import UserError, run_command
 
 COMMANDS = {
     "generate": ("hashfast.generate", "load a model, prefill a prompt, decode, print"),
@@ -26,7 +26,8 @@ def usage() -> str:
     return "\n".join(["usage: hashfast COMMAND ...", "", *lines, "", "`hashfast COMMAND --help` lists a command's flags."])
 
 
-def main() -> None:
+def run_named() -> None:
+    """Run the command that the first word names."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h"):
         print(usage())
@@ -34,13 +35,16 @@ def main() -> None:
         print(f"hashfast {hashfast.__version__}")
     elif name in COMMANDS:
         sys.argv[:2] = [f"hashfast {name}"]
-        run = run_command
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            from hashfast.runtime.distributed import run_ranks as run
-        run(importlib.import_module(COMMANDS[name][0]).main)
+        importlib.import_module(COMMANDS[name][0]).main()
     else:
-        print(f"error: no command {name!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"no command {name!r}; choose from {', '.join(COMMANDS)}")
+
+
+def main() -> None:
+    run = run_command
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from hashfast.runtime.distributed import run_ranks as run
+    run(run_named)
 
 
 if __name__ == "__main__":

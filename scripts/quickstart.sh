@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to generated text: environment, a small real model, a book, then dense and hash-sparse decoding of one prompt.
 # usage: bash scripts/quickstart.sh        (PYTHON=python3.12 bash scripts/quickstart.sh chooses the Python)
+[[ "${1:-}" != --help && "${1:-}" != -h ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit; }
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_venv.sh

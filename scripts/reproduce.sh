@@ -13,6 +13,7 @@
 #   SIGNATURES  its signatures (python train_hash.py); default: weights/<the folder's name>.safetensors
 #   PROMPT    a text file of about 31,000 of its tokens;  DRAFT: a smaller checkpoint of the same vocabulary
 #   RESULTS   another folder than results/; the READMEs are then left alone
+[[ "${1:-}" != --help && "${1:-}" != -h ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit; }
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # of the code as it is now: the first results file that is written over would make it "dirty"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The test suite in its own environment, with the real weights it needs. Arguments go to pytest: bash scripts/test.sh -k model
+[[ "${1:-}" != --help && "${1:-}" != -h ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit; }
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_venv.sh

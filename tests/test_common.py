@@ -1,4 +1,5 @@
 """Facts about the machine that results files hold."""
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from hashfast import common
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository of one commit."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
     monkeypatch.delenv("HASHFAST_COMMIT", raising=False)
     identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
     for words in (["init", "--quiet"], [*identity, "commit", "--quiet", "--allow-empty", "--message", "first"]):

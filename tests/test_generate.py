@@ -1,5 +1,6 @@
 """The command line as users run it: what it prints, what it reports, and one line for every mistake."""
 import functools
+import io
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,15 +21,15 @@ from tokenizers import decoders, models, pre_tokenizers
 import hashfast
 from hashfast import generate
 from hashfast.common import UserError
-from hashfast.generate import Session, parse_options
+from hashfast.generate import parse_options
 from hashfast.hash_attention import HashConfig
 from hashfast.model import Fingerprint, ModelArgs, SparseSettings, Transformer
-from hashfast.runtime import memory, session
+from hashfast.runtime import memory, session, signatures
 from hashfast.runtime.checkpoint import PRESETS, load_model
 from hashfast.runtime.memory import sparse_settings
-from hashfast.runtime.prompts import NewText
-from hashfast.runtime.sampling import Sampling, sample
-from hashfast.runtime.session import DecodeOptions
+from hashfast.runtime.prompts import Display, NewText
+from hashfast.runtime.sampling import Sampling, probabilities, sample
+from hashfast.runtime.session import DecodeOptions, Session
 from hashfast.runtime.signatures import load_signatures, random_encoders, save_signatures
 from hashfast.runtime.tokenizer import Tokenizer
 
@@ -69,7 +71,8 @@ def test_a_mistake_as_a_user_sees_it(tmp_path: Path) -> None:
     child = process("--checkpoint_path", tmp_path / "nowhere")
     out, err = child.communicate()
     assert (child.returncode, out) == (2, b"")
-    assert err.decode() == f"error: no folder {tmp_path / 'nowhere'}; give a folder in the Hugging Face layout\n"
+    *_, last = err.decode().splitlines()  # a slow machine says before that it is loading
+    assert last == f"error: no folder {tmp_path / 'nowhere'}; give a folder in the Hugging Face layout"
 
 
 def test_interrupted_while_it_streams(checkpoint_copy: Callable[..., Path]) -> None:
@@ -99,7 +102,7 @@ def test_json_fields(run: Callable[..., Ran]) -> None:
 
 def test_json_of_hash_attention(run: Callable[..., Ran]) -> None:
     ran = run("--attention", "hash", "--budget", 32, "--sink", 4, "--recent", 8, "--dense_layers", 1, "--precision", "bfloat16")
-    assert "no --signatures file, so random projections" in ran.err
+    assert "no signatures for this model, so random projections" in ran.err
     result = ran.json
     assert result["budget"] == 32
     assert result["signature_bytes"] == 2 * 4 * (44 + 24)  # the first layer keeps none
@@ -122,7 +125,7 @@ def test_profile(run: Callable[..., Ran], tmp_path: Path) -> None:
 
 def test_streamed_text_is_the_whole_text(run: Callable[..., Ran]) -> None:
     """Sampled bytes are full of broken characters; those of the tiny model's first sequence must come out alike both ways."""
-    for flags in (("--chat",), ("--batch_size", 2), ("--prompt", 9)):
+    for flags in (("--chat",), ("--batch_size", 2), ("--prompt_ids", "7,8,9")):
         ran = run("--temperature", 1.5, "--max_new_tokens", 200, *flags, prompt=())
         assert "\ufffd" in ran.json["text"][0]
         assert ran.out == ran.json["text"][0] + "\n" + ran.out.splitlines()[-1] + "\n"
@@ -189,6 +192,110 @@ def test_extreme_temperatures(temperature: float) -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, -float("inf")]]).expand(100, -1)
     chosen = sample(logits, Sampling(temperature, top_k=3))
     assert set(chosen.tolist()) == ({1} if temperature < 1 else {0, 1, 2})
+
+
+def test_top_p_keeps_the_fewest_tokens_of_that_probability() -> None:
+    """As the definition over all subsets says; after temperature and top-k; no probability is lost."""
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.6, 0.1, 0.2]]).log()
+    for p, kept in ((1e-6, [[0], [1]]), (0.4, [[0], [1]]), (0.41, [[0, 1], [1]]), (0.7001, [[0, 1, 2], [1, 3]]),
+                    (1.0, [[0, 1, 2, 3]] * 2)):
+        found = probabilities(logits, Sampling(1.0, None, p))
+        assert [row.nonzero().flatten().tolist() for row in found] == kept
+        torch.testing.assert_close(found.sum(-1), torch.ones(2))
+    narrow = probabilities(logits, Sampling(1.0, 2, 0.58))  # of the two likeliest the first has 4/7 and 3/4
+    assert [row.nonzero().flatten().tolist() for row in narrow] == [[0, 1], [1]]
+    many = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    ranked, order = many.softmax(-1).sort(descending=True)
+    for row, p in zip(probabilities(many, Sampling(1.0, None, 0.5)), ranked, strict=True):
+        assert (row > 0).sum() == int((p.cumsum(0) < 0.5).sum()) + 1
+
+
+def test_stop_texts(run: Callable[..., Ran], tiny_checkpoint: Path) -> None:
+    """An answer ends before the first of them, shown or in JSON, alone, in a batch and speculating; nothing of one is shown."""
+    flags = ("--temperature", 1.5, "--prompt", "Hello", "--batch_size", 2, "--max_new_tokens", 60)
+    free = run(*flags, prompt=())
+    whole, other = free.json["text"]
+    at = next(i for i in range(5, len(whole) - 3) if "\ufffd" not in whole[i:i + 3] and whole.index(whole[i:i + 3]) == i
+              and whole[i:i + 3] not in other and whole[i:i + 3].isprintable())
+    stop = whole[at:at + 3]
+    ran = run(*flags, "--stop", "not there", "--stop", stop, prompt=())
+    assert ran.json["text"] == [whole[:at], other]
+    assert ran.out.startswith(whole[:at] + "\n{")
+    assert len(ran.tokens[0]) < len(free.tokens[0]) and ran.tokens[0] == free.tokens[0][:len(ran.tokens[0])]
+    assert ran.tokens[1] == free.tokens[1]
+    greedy = run().json["text"][0]
+    stop = next(greedy[i:i + 2] for i in range(4, 20) if "\ufffd" not in greedy[i:i + 2])
+    for flags in ((), ("--speculate", "self", "--sparsity", 2)):
+        assert run("--stop", stop, *flags).json["text"] == [greedy[:greedy.index(stop)]]
+
+
+def test_what_may_begin_a_stop_text_is_held_back(tiny_checkpoint: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_checkpoint)
+
+    def parts(text: str, *stop: str) -> list[str]:
+        stream = NewText(tokenizer, [], stop)
+        return [*map(stream.put, tokenizer.encode(text)), stream.end()]
+
+    assert parts("ab--c", "---") == ["a", "b", "", "", "--c", ""]
+    assert parts("ab---c", "---") == ["a", "b", "", "", "", "", ""]
+    assert parts("ab--", "---") == ["a", "b", "", "", "--"]
+    assert "".join(parts("aab", "aab", "ab")) == "" and "".join(parts("xabab", "bc")) == "xabab"
+
+
+def test_prompts_from_standard_input(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = run().tokens
+    text = "The quick brown fox jumps over the lazy dog."
+    for flags, content in ((("--prompt", "-"), text), (("--prompt_file", "-"), text),
+                           (("--prompts", "-"), json.dumps({"prompt": text}))):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + content.encode())))
+        assert run(*flags, prompt=()).tokens == wanted
+
+
+def test_a_number_is_text_where_there_is_a_tokenizer(run: Callable[..., Ran]) -> None:
+    assert run("--prompt", "1984", prompt=()).json["prompt_tokens"] == 4
+
+
+def test_system_prompts(run: Callable[..., Ran], tiny_checkpoint: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    ids = Tokenizer.load(tiny_checkpoint).encode_chat(messages)
+    ran = run("--prompt", "Hi", "--chat", "--system", "Be brief.", prompt=())
+    assert ran.json["prompt_sha256"] == run("--prompt_ids", ",".join(map(str, ids)), prompt=()).json["prompt_sha256"]
+
+
+def test_signatures_that_ship_are_found(run: Callable[..., Ran], tiny_checkpoint: Path, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the whole fingerprint, norms included; the listwise recipe's, one signature per KV head; named in one line."""
+    monkeypatch.setattr(signatures, "signature_files", functools.partial(signatures.signature_files, tmp_path))
+    model = load_model(tiny_checkpoint, "cpu", torch.float32).fingerprint()
+    flags = ("--attention", "hash", "--budget", 16, "--sink", 4, "--recent", 8)
+    other, shared = replace(model, norms="0" * 16), HashConfig(share="query")
+    for name, of, config, recipe in (("a", other, HashConfig(), "listwise"), ("b", model, HashConfig(), "hata"),
+                                     ("c", model, shared, "listwise")):
+        save_signatures(tmp_path / f"{name}.safetensors", random_encoders(config, of, 7), of, {"recipe": recipe})
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    assert run(*flags).err.startswith("warning: no signatures for this model, so random projections choose the tokens")
+    save_signatures(tmp_path / "d.safetensors", random_encoders(HashConfig(), model, 7), model, {"recipe": "listwise"})
+    ran = run(*flags)
+    assert ran.err.startswith(f"signatures: {tmp_path / 'd.safetensors'}\nmemory plan: ")
+    assert ran.tokens == run(*flags, "--signatures", tmp_path / "d.safetensors").tokens != run().tokens
+
+
+def test_models_and_signatures_that_fit(in_process: Callable[..., Ran], tiny_checkpoint: Path, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    from hashfast.commands import list as command
+
+    model = load_model(tiny_checkpoint, "cpu", torch.float32).fingerprint()
+    other = replace(model, norms="0" * 16)
+    for name, of in (("ours", model), ("theirs", other)):
+        save_signatures(tmp_path / f"{name}.safetensors", random_encoders(HashConfig(), of), of, {"recipe": "listwise"})
+    monkeypatch.chdir(tmp_path)
+    assert "no models in checkpoints/; `hashfast download` fetches one" in in_process(command.main, "list").out
+    (tmp_path / "checkpoints" / "owner").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "owner" / "tiny").symlink_to(tiny_checkpoint)
+    (tmp_path / "checkpoints" / "broken").mkdir()
+    (tmp_path / "checkpoints" / "broken" / "config.json").write_text("{}")
+    out = in_process(command.main, "list", "--signatures", tmp_path).out
+    assert "\ncheckpoints/owner/tiny: ours.safetensors\n" in out and "\ncheckpoints/broken: model_type is missing" in out
 
 
 def test_token_ids_need_no_tokenizer(run: Callable[..., Ran], checkpoint_copy: Callable[..., Path]) -> None:
@@ -307,9 +414,12 @@ def test_a_run_agrees_with_itself(run: Callable[..., Ran], tmp_path: Path) -> No
     ran = run("--compare", tmp_path / "runs" / "dense.json")
     assert ran.json["agreement"] == 1.0
     assert ran.json["perplexity_ratio"] == pytest.approx(1.0, abs=1e-5)
-    rows = [line.split() for line in ran.out.splitlines()[-9:-1]]
-    assert rows[1] == ["dense", "dense"]
-    assert rows[-2:] == [["same", "argmax", "(teacher-forced)", "1.000", "1.000"], ["perplexity", "ratio", "1.000", "1.000"]]
+    rows = [line.split() for line in ran.out.splitlines()]
+    assert rows[3] == ["dense", "dense"]
+    assert [row[:4] for row in rows[8:10]] == [["same", "argmax", "1.000", "1.000"], ["perplexity", "ratio", "1.000", "1.000"]]
+    assert re.search(r"^verdict: dense reads 100% of the tokens that dense reads, decoding at \d+\.\d\d times its speed, and "
+                     r"would have chosen 100% of its tokens; nothing to speak of is lost \(perplexity x 1.000\)\.$", ran.out,
+                     re.MULTILINE)
 
 
 def test_a_poor_selection_agrees_less(run: Callable[..., Ran], tmp_path: Path) -> None:
@@ -321,7 +431,7 @@ def test_a_poor_selection_agrees_less(run: Callable[..., Ran], tmp_path: Path) -
 
 def test_bad_comparisons(run: Callable[..., Ran], tmp_path: Path) -> None:
     file = tmp_path / "run.json"
-    assert_refused(run("--compare", file), f"cannot use --compare {file}")
+    assert_refused(run("--compare", file), f"cannot read {file}: No such file or directory; give a file that --save wrote")
     for junk in ("", "{}", "[]", "null", '{"new_tokens": 3}', "\x00\xff"):
         file.write_text(junk, encoding="latin-1")
         assert_refused(run("--compare", file), "give a file that --save wrote")
@@ -384,6 +494,57 @@ def test_a_conversation_keeps_the_cache(command: Callable[..., Ran], tiny_checkp
     assert fresh.tokens == [replies[1]]
 
 
+def test_commands_of_a_conversation(command: Callable[..., Ran], tiny_checkpoint: Path,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(generate, "answer", lambda session, messages, count: seen.append(list(messages)) or "yes")
+    lines(monkeypatch, "/help", "one", "/etc/hosts?", "/what", "/reset", "two", "/quit", "three")
+    ran = command("--checkpoint_path", tiny_checkpoint, "--interactive", "--system", "Be brief.")
+    turns = [[message["content"] for message in messages] for messages in seen]
+    assert turns == [["Be brief.", "one"], ["Be brief.", "one", "yes", "/etc/hosts?"], ["Be brief.", "two"]]
+    assert ran.code == 0 and ran.err.count("/reset  start the conversation again") == 2
+    assert "no command /what; there are\n" in ran.err
+
+
+def test_an_interrupted_answer_leaves_the_conversation(command: Callable[..., Ran], tiny_checkpoint: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was shown of it counts; a turn whose answer had not begun does not. The next answer is that of a fresh run."""
+    seen, put, prefill = [], Display.put, session.prefill
+    encode_chat = Tokenizer.encode_chat
+
+    def cut(self: Display, i: int, token: int, last: bool) -> None:
+        put(self, i, token, last)
+        if len(seen) == 1:
+            self.count = getattr(self, "count", 0) + 1
+            if self.count == 3:
+                raise KeyboardInterrupt
+
+    def cut_prefill(*args: object, **how: object) -> torch.Tensor:
+        logits = prefill(*args, **how)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return logits
+
+    def recorded(self: Tokenizer, messages: list[dict]) -> list[int]:
+        seen.append([dict(message) for message in messages])
+        return encode_chat(self, messages)
+
+    monkeypatch.setattr(Display, "put", cut)
+    monkeypatch.setattr(session, "prefill", cut_prefill)
+    monkeypatch.setattr(Tokenizer, "encode_chat", recorded)
+    lines(monkeypatch, "one", "two", "three")
+    flags = ("--checkpoint_path", tiny_checkpoint, "--temperature", 0, "--max_new_tokens", 12)
+    ran = command(*flags, "--interactive")
+    assert ran.code == 0, ran.err
+    roles = [[message["role"] for message in messages] for messages in seen]
+    assert roles == [["user"], ["user", "assistant", "user"], ["user", "assistant", "user"]]
+    assert seen[2][2]["content"] == "three"
+    ids = encode_chat(Tokenizer.load(tiny_checkpoint), seen[2])
+    fresh = command(*flags, "--prompt_ids", ",".join(map(str, ids)), "--json")
+    last = NewText(Tokenizer.load(tiny_checkpoint), []).whole(fresh.tokens[0])
+    assert ran.out.endswith(last + "\n")
+
+
 def test_a_conversation_ends(command: Callable[..., Ran], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--checkpoint_path", tiny_checkpoint, "--interactive", "--max_new_tokens", 5)
     lines(monkeypatch, "", "Never asked")
@@ -423,11 +584,12 @@ def assert_refused(ran: Ran, message: str) -> None:
     (["--max_seq_length", 0], "--max_seq_length 0"),
     (["--max_seq_length", "long"], "--max_seq_length long is neither a number nor auto"),
     (["--prefill_chunk", 0], "--prefill_chunk 0"),
-    (["--prompt", 0], "--prompt 0 is out of range"),
-    (["--prompt", -3], "--prompt -3 is out of range"),
-    (["--prompt", 10 ** 15], "--prompt 1000000000000000 is out of range"),
     (["--prompt", ""], "the prompt is empty"),
-    (["--prompt", 64, "--chat"], "a prompt of token ids is no chat; leave --chat out"),
+    (["--prompt_ids", "64", "--chat"], "a prompt of token ids is no chat; leave --chat out"),
+    (["--top_p", 0], "--top_p 0.0 is out of range; it must be from 1e-06 to 1"),
+    (["--top_p", 1.5], "--top_p 1.5 is out of range"),
+    (["--stop", ""], "--stop is empty; give a text"),
+    (["--system", "Be brief."], "a system prompt is part of a chat: give --chat or --interactive; leave --system out"),
     (["--sink", -1], "--sink -1"),
     (["--recent", 10 ** 20], "--recent 100000000000000000000"),
     (["--dense_layers", -1], "--dense_layers -1"),
@@ -459,6 +621,9 @@ def test_flags_without_a_checkpoint(command: Callable[..., Ran]) -> None:
     assert_refused(command(), "give either --checkpoint_path FOLDER or --random_weights PRESET")
     assert_refused(command("--random_weights", "gpt-5", "--prompt", 8), "unknown preset 'gpt-5'; use one of llama-3.1-8b, ")
     assert_refused(command("--random_weights", "mistral-7b"), "random weights have no tokenizer; give --prompt NUMBER")
+    for count in (0, -3, 10 ** 15):
+        assert_refused(command("--random_weights", "mistral-7b", "--prompt", count), f"--prompt {count} is out of range")
+    assert_refused(command("--random_weights", "mistral-7b", "--prompt", 8, "--stop", "x"), "random weights have no text")
 
 
 @pytest.mark.parametrize("ids, message", [
@@ -490,10 +655,10 @@ def test_bad_prompt_files(content: bytes | None, message: str, command: Callable
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--prompt", 100, "--max_seq_length", 90], "give --max_seq_length 110, a shorter prompt or fewer --max_new_tokens"),
-    (["--prompt", 85, "--max_seq_length", 90], "85 prompt and 10 new tokens do not fit --max_seq_length 90"),
-    (["--prompt", 510], "520 tokens are more than the model's 512 (max_position_embeddings or sliding_window in config.json)"),
-    (["--prompt", 9, "--max_seq_length", 4096], "4096 tokens are more than the model's 512"),
+    (["--prompt", "x" * 100, "--max_seq_length", 90], "give --max_seq_length 110, a shorter prompt or fewer --max_new_tokens"),
+    (["--prompt", "x" * 85, "--max_seq_length", 90], "85 prompt and 10 new tokens do not fit --max_seq_length 90"),
+    (["--prompt", "x" * 510], "520 tokens are more than the model's 512 (max_position_embeddings or sliding_window in"),
+    (["--prompt", "x" * 9, "--max_seq_length", 4096], "4096 tokens are more than the model's 512"),
 ])
 def test_prompts_longer_than_the_cache(flags: list, message: str, command: Callable[..., Ran], tiny_checkpoint: Path) -> None:
     assert_refused(command("--checkpoint_path", tiny_checkpoint, "--max_new_tokens", 10, *flags), message)
@@ -501,14 +666,14 @@ def test_prompts_longer_than_the_cache(flags: list, message: str, command: Calla
 
 def test_sliding_window_shorter_than_the_cache(command: Callable[..., Ran], checkpoint_copy: Callable[..., Path]) -> None:
     folder = checkpoint_copy(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=64)
-    ran = command("--checkpoint_path", folder, "--prompt", 60, "--max_new_tokens", 10)
+    ran = command("--checkpoint_path", folder, "--prompt", "x" * 60, "--max_new_tokens", 10)
     assert_refused(ran, "70 tokens are more than the model's 64")
 
 
 def test_too_little_memory(command: Callable[..., Ran], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda device: 2 ** 16)
     monkeypatch.setattr(Transformer, "setup_caches", lambda *args: pytest.fail("memory was taken"))
-    flags = ("--checkpoint_path", tiny_checkpoint, "--prompt", 200, "--max_new_tokens", 100)
+    flags = ("--checkpoint_path", tiny_checkpoint, "--prompt", "x" * 200, "--max_new_tokens", 100)
     assert_refused(command(*flags), "at most 256 tokens fit")  # 256 bytes of K and V a token
     ran = command(*flags, "--attention", "hash", "--batch_size", 2)
     assert ran.code == 2 and "at most 120 tokens fit" in ran.err  # and 16 of signatures, twice
@@ -535,9 +700,9 @@ def test_memory_plan(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -
 def test_prefill_chunks(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     (whole,), read, original = run().tokens, [], Transformer.prefill
 
-    def counted(self, tokens, row=0, start=0):
+    def counted(self, tokens, *more):
         read.append(len(tokens))
-        return original(self, tokens, row, start)
+        return original(self, tokens, *more)
 
     monkeypatch.setattr(Transformer, "prefill", counted)
     assert run("--prefill_chunk", 10).tokens == [whole]
@@ -583,7 +748,7 @@ def test_damaged_checkpoints(damage: str, message: str, command: Callable[..., R
     ({"num_attention_heads": "four"}, "num_attention_heads must be a whole number"),
     ({"qk_norm": True}, "qk_norm is not supported"),
     ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "RoPE type 'longrope'"),
-    ({"novel_field": 1}, "unknown field 'novel_field'"),
+    ({"clip_qkv": 8.0}, "clip_qkv is not supported"),
     ({"intermediate_size": 65}, "take both from the same model"),
 ])
 def test_unsupported_configs(fields: dict, message: str, command: Callable[..., Ran],

@@ -4,7 +4,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hashfast.commands.quantize import quantize_folder
 from hashfast.common import UserError
 from hashfast.hash_attention import HashConfig, select_tokens
 from hashfast.model import SparseSettings
@@ -12,6 +11,7 @@ from hashfast.ops.quant_linear import dequantize_int8
 from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.decode import Decoder, decode, prefill
 from hashfast.runtime.memory import bytes_per_step, tokens_read
+from hashfast.runtime.quantize import quantize_folder
 from hashfast.runtime.sampling import Sampling
 from hashfast.runtime.signatures import random_encoders
 

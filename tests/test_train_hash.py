@@ -10,6 +10,7 @@ from conftest import Ran
 
 from hashfast import train_hash
 from hashfast.hash_attention import HashConfig
+from hashfast.research import recall, training
 from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.signatures import load_signatures, random_encoders, save_signatures
 
@@ -46,9 +47,9 @@ def test_command_writes_what_loads(tiny_checkpoint: Path, tmp_path: Path, train)
 def test_recall_is_of_what_the_file_holds(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                           train) -> None:
     measured = []
-    recall = train_hash.layer_recall
-    monkeypatch.setattr(train_hash, "layer_recall", lambda encoders, *rest: measured.append(
-        copy.deepcopy(encoders["trained"])) or recall(encoders, *rest))
+    layer_recall = recall.layer_recall
+    monkeypatch.setattr(recall, "layer_recall", lambda encoders, *rest: measured.append(
+        copy.deepcopy(encoders["trained"])) or layer_recall(encoders, *rest))
     out = tmp_path / "out.safetensors"
     train(out, "--depth", 2, "--hidden", 24, "--needles", 0)
     encoders, _ = load_signatures(out, load_model(tiny_checkpoint).fingerprint())
@@ -86,7 +87,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tiny_checkpoint: Path, tmp
     train(whole)
 
     seeds = []
-    train_layer = train_hash.train_layer
+    train_layer = training.train_layer
 
     def interrupted(*args: object) -> tuple:
         seeds.append(args[-1].seed)
@@ -94,7 +95,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tiny_checkpoint: Path, tmp
             raise KeyboardInterrupt
         return train_layer(*args)
 
-    monkeypatch.setattr(train_hash, "train_layer", interrupted)
+    monkeypatch.setattr(training, "train_layer", interrupted)
     assert train(out).code == 130 and list(finished.parent.iterdir()) == [finished] and not out.exists()
 
     ran = train(out)

@@ -19,19 +19,9 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
 from hashfast.common import ROOT, Parser, UserError, check_writable, environment
-from hashfast.research.attention_latency import MODES, attention_rows
-from hashfast.research.latency import decode_rows, latency_rows, prefill_rows, ragged_rows, speculate_rows
-from hashfast.research.parity import compare
-from hashfast.research.plots import plot
-from hashfast.research.report import print_table, report, save_results
-from hashfast.runtime import distributed
-from hashfast.runtime.checkpoint import PRESETS
-from hashfast.runtime.decode import PREFILL_CHUNK
+from hashfast.names import IMPLEMENTATIONS, MODES
 
-IMPLEMENTATIONS = ("hashfast", "sdpa", "flash_attention_2")  # of attention in transformers
 CASES = ["1x32768x16", "1x131072x32", "8x32768x32", "1x524288x32", "16x131072x32"]
 
 
@@ -67,21 +57,23 @@ def at_least_1(number: type) -> Callable[[str], float]:
 def parse_options() -> argparse.Namespace:
     rows, model, steps = (Parser(add_help=False) for _ in range(3))
     rows.add_argument("--json", type=Path, help="write the rows here, as they come")
-    model.add_argument("--model", default="llama-3.1-8b", choices=PRESETS, help="preset, random weights")
-    model.add_argument("--sparsity", type=at_least_1(float), default=32)
+    model.add_argument("--model", default="llama-3.1-8b", metavar="PRESET",
+                       help="random weights; `hashfast list` names presets")
+    model.add_argument("--sparsity", type=at_least_1(float), default=32, metavar="R", help="hash steps read 1/R of the tokens")
     steps.add_argument("--steps", type=at_least_1(int), default=50, help="tokens decoded")
     shapes = {"nargs": "+", "type": sizes("batch x context"), "help": "batch x context"}
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     part = commands.add_parser("attention", parents=[rows], help="one layer's attention, by stage")
     part.add_argument("--cases", nargs="+", type=sizes("batch x context x sparsity"), default=CASES,
                       help="batch x context x sparsity")
-    part.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    part.add_argument("--heads", nargs=3, type=at_least_1(int), default=(32, 8, 128), metavar=("HQ", "HKV", "D"))
+    part.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="shapes of signatures: ours, the papers'")
+    part.add_argument("--heads", nargs=3, type=at_least_1(int), default=(32, 8, 128), metavar=("HQ", "HKV", "D"),
+                      help="query heads, KV heads, their width")
     part = commands.add_parser("decode", parents=[model, steps, rows], help="whole decode steps")
     part.add_argument("--checkpoint_path", type=Path, help="a model of real weights instead")
     part.add_argument("--shapes", default=["1x32768", "1x131072", "8x32768", "4x131072", "16x32768"], **shapes)
-    part.add_argument("--attention", nargs="+", choices=("dense", "hash"), default=["dense", "hash"])
+    part.add_argument("--attention", nargs="+", choices=("dense", "hash"), default=["dense", "hash"], help="what to time")
     part.add_argument("--quantize", choices=("int8",), help="weights of 8 bits")
     part.add_argument("--no_warm_start", dest="warm_start", action="store_false",
                       help="do not start the first shape again in a second process")
@@ -92,12 +84,18 @@ def parse_options() -> argparse.Namespace:
     part.add_argument("--steps", type=at_least_1(int), default=20, help="rounds")
     for name, about in (("prefill", "reading a prompt"), ("latency", "time to the first token and per token")):
         part = commands.add_parser(name, parents=[model, steps, rows], help=about)
-        part.add_argument("--context", nargs="+", type=at_least_1(int), default=[8192, 32768, 131072, 524288])
-        part.add_argument("--chunk", type=at_least_1(int), default=PREFILL_CHUNK["cuda"], help="prompt tokens read at a time")
+        part.add_argument("--context", nargs="+", type=at_least_1(int), default=[8192, 32768, 131072, 524288], metavar="N",
+                          help="prompt tokens")
+        part.add_argument("--prefill", nargs="+", choices=("dense", "hash"), default=["dense", "hash"],
+                          help="how the prompt is read; latency: and how steps attend")
+        part.add_argument("--prefill_sparsity", type=at_least_1(float), default=16, metavar="R",
+                          help="by hash a chunk reads 1/R of what is before it")
+        part.add_argument("--chunk", type=at_least_1(int), metavar="N",
+                          help="prompt tokens read at a time (default: as generate.py does)")
     part = commands.add_parser("ragged", parents=[model, steps, rows],
                                help="prompts of different lengths decoded together, and one by one")
     part.add_argument("--lengths", nargs="+", type=at_least_1(int),
-                      default=[1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768])
+                      default=[1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768], metavar="N", help="of the prompts")
     part = commands.add_parser("transformers", parents=[model, steps, rows], help="transformers' generate, enabled and not")
     part.add_argument("--shapes", default=["1x32768", "8x32768", "1x131072"], **shapes)
     part.add_argument("--implementation", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
@@ -107,7 +105,7 @@ def parse_options() -> argparse.Namespace:
     part.add_argument("files", nargs="+", type=Path, help="of bench decode --json and generate --save")
     part.add_argument("--json", type=Path, required=True)
     part = commands.add_parser("report", help="tables in Markdown from results files")
-    part.add_argument("--results", type=Path, default=ROOT / "results", help="the folder (default: results)")
+    part.add_argument("--results", type=Path, default=ROOT / "results", metavar="FOLDER", help="(default: results)")
     part.add_argument("--write", type=Path, nargs="+", metavar="FILE",
                       help="put them between the markers of these files; default: print")
     options = parser.parse_args()
@@ -119,12 +117,19 @@ def parse_options() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> Iterator[dict]:
     """The rows of the subcommand."""
+    from hashfast.model import PrefillSettings
+    from hashfast.research.attention_latency import attention_rows
+    from hashfast.research.latency import decode_rows, latency_rows, prefill_rows, ragged_rows, speculate_rows
+    from hashfast.runtime.decode import PREFILL_CHUNK
+
+    ways = [PrefillSettings(mode, options.prefill_sparsity, options.chunk or PREFILL_CHUNK["cuda"])
+            for mode in getattr(options, "prefill", [])]
     if options.command == "attention":
         return attention_rows([integers(case) for case in options.cases], options.modes, tuple(options.heads))
     if options.command == "prefill":
-        return prefill_rows(options.model, options.context, options.sparsity, options.chunk)
+        return prefill_rows(options.model, options.context, options.sparsity, ways)
     if options.command == "latency":
-        return latency_rows(options.model, options.context, options.sparsity, options.steps, options.chunk)
+        return latency_rows(options.model, options.context, options.sparsity, options.steps, ways)
     if options.command == "ragged":
         return ragged_rows(options.model, options.lengths, options.sparsity, options.steps)
     shapes = [integers(shape) for shape in options.shapes]
@@ -140,14 +145,24 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
 def main() -> None:
     options = parse_options()
     if options.command == "plot":
+        from hashfast.research.plots import plot
         plot(options.files)
         return
     if options.command == "parity":
+        from hashfast.research.parity import compare
         compare(options.files, options.json)
         return
+    from hashfast.research.report import print_table, report, save_results
     if options.command == "report":
         report(options.results, options.write)
         return
+    import torch
+
+    from hashfast.runtime import distributed
+    from hashfast.runtime.checkpoint import PRESETS
+
+    if getattr(options, "model", None) not in (None, *PRESETS):
+        raise UserError(f"--model {options.model} is no preset; choose from {', '.join(PRESETS)}")
     if not torch.cuda.is_available():
         raise UserError("bench measures a GPU and this machine has none; run it where torch.cuda.is_available()")
     if distributed.world_size() > 1 and options.command != "decode":

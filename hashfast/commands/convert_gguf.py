@@ -5,14 +5,17 @@ usage: python -m hashfast convert-gguf model.gguf checkpoints/model [--dtype bfl
 from pathlib import Path
 
 from hashfast.common import Parser
-from hashfast.runtime.gguf import DTYPES, convert
+from hashfast.progress import Progress
 
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("gguf_file", type=Path)
-    parser.add_argument("out_folder", type=Path)
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("gguf_file", type=Path, help="the file to read")
+    parser.add_argument("out_folder", type=Path, help="the folder to make")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of the weights")
     args = parser.parse_args()
+    with Progress("starting"):
+        from hashfast.runtime.gguf import convert
+
     convert(args.gguf_file, args.out_folder, args.dtype)
     print(f"{args.out_folder} is ready")

@@ -5,7 +5,7 @@ usage: python -m hashfast download meta-llama/Llama-3.1-8B-Instruct [--out check
 from pathlib import Path
 
 from hashfast.common import Parser
-from hashfast.runtime.hub import CHECKPOINTS, download
+from hashfast.progress import Progress
 
 
 def main() -> None:
@@ -15,6 +15,9 @@ def main() -> None:
     parser.add_argument("--token", help="access token for gated and private models (default: HF_TOKEN, or the login)")
     parser.add_argument("--revision", help="branch, tag or commit (default: main)")
     args = parser.parse_args()
+    with Progress("starting"):
+        from hashfast.runtime.hub import CHECKPOINTS, download
+
     out = args.out or CHECKPOINTS / args.repo
     download(args.repo, out, args.token, args.revision)
     print(f"{out} is ready")

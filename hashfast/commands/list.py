@@ -1,27 +1,12 @@
-"""What there is: presets for random weights, signature files, and which of these checkpoints each file is for.
+"""What there is: presets for random weights, signature files, models here, and which signatures fit which.
 
-    python -m hashfast list checkpoints/*
+    python -m hashfast list                 the models in checkpoints/
+    python -m hashfast list FOLDER..        these
 """
-import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from hashfast.common import WEIGHTS, Parser, UserError
-from hashfast.runtime.checkpoint import PRESETS, plan_loading
-from hashfast.runtime.signatures import differences
-
-
-def signature_files(folder: Path) -> dict[Path, dict]:
-    """The signature files in a folder, and what each says of itself."""
-    files = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                files[path] = json.loads((file.metadata() or {})["hashfast"])
-        except (SafetensorError, OSError, KeyError, ValueError):
-            continue  # some other safetensors file
-    return files
+from hashfast.progress import Progress
 
 
 def describe(about: dict) -> str:
@@ -31,19 +16,31 @@ def describe(about: dict) -> str:
             f"{model['n_head']}/{model['n_kv_head']} heads of {model['head_dim']}, vocabulary {model['vocab_size']}")
 
 
+def find_models(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, and those of an owner/name one below."""
+    return sorted(path.parent for pattern in ("*/config.json", "*/*/config.json") for path in folder.glob(pattern))
+
+
 def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoints", type=Path, nargs="*", help="checkpoint folders to match signature files with")
+    parser = Parser(description=__doc__)
+    parser.add_argument("checkpoints", type=Path, nargs="*", help="models' folders (default: those in checkpoints/)")
     parser.add_argument("--signatures", type=Path, default=WEIGHTS, help="folder of signature files (default: those that ship)")
     options = parser.parse_args()
+    with Progress("starting"):
+        from hashfast.runtime.checkpoint import PRESETS
+        from hashfast.runtime.signatures import differences, model_outline, signature_files
+
     files = signature_files(options.signatures)
     print("presets (generate --random_weights):", ", ".join(PRESETS))
     print(f"\nsignature files in {options.signatures}:")
     for path, about in files.items():
         print(f"  {path.name:56} {describe(about)}")
-    for folder in options.checkpoints:
+    models = options.checkpoints or find_models(Path("checkpoints"))
+    if not models:
+        print("\nno models in checkpoints/; `hashfast download` fetches one")
+    for folder in models:
         try:
-            fingerprint = plan_loading(folder)[0].fingerprint()  # without weights: their hash is compared at load
+            fingerprint = model_outline(folder).fingerprint()
         except UserError as error:
             print(f"\n{folder}: {error}")
             continue

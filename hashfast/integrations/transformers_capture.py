@@ -1,7 +1,7 @@
 """Queries, keys and values of any model that integrations/transformers.py takes, for train_hash.py --backend transformers."""
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from hashfast.integrations.transformers import (
     CacheLayer,
     binding_window,
     causal_attention,
+    fingerprint,
     query_for_hash,
     refuse_model,
 )
+from hashfast.model import Fingerprint
 from hashfast.research.data import Sequence
 
 
@@ -31,9 +33,26 @@ def load(folder: str | Path, device: str, dtype: torch.dtype) -> PreTrainedModel
     return model.to(device).eval()
 
 
-def longest_context(model: PreTrainedModel) -> int:
-    """Tokens that every layer of the model attends to in full."""
-    return min(model.config.max_position_embeddings, binding_window(model) or model.config.max_position_embeddings)
+class Limits(NamedTuple):
+    """What of ModelArgs `check_model` reads."""
+    n_layer: int
+    max_position: int
+    sliding_window: int | None
+
+
+class CaptureModel:
+    """A transformers model as train_hash.py takes it."""
+
+    def __init__(self, folder: str | Path, device: str, dtype: torch.dtype) -> None:
+        self.model = load(folder, device, dtype)
+        self.args = Limits(self.model.config.num_hidden_layers, self.model.config.max_position_embeddings,
+                           binding_window(self.model))
+
+    def fingerprint(self) -> Fingerprint:
+        return fingerprint(self.model)
+
+    def capture(self, sequences: list[Sequence]) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+        return capture(self.model, sequences)
 
 
 class RecordingLayer(CacheLayer):

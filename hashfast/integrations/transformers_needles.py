@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hashfast.common import UserError
-from hashfast.integrations.transformers import CACHE, enable, new_cache
-from hashfast.integrations.transformers_capture import load, longest_context
+from hashfast.integrations.transformers import CACHE, binding_window, enable, new_cache
+from hashfast.integrations.transformers_capture import load
 from hashfast.research.evaluator import EvalConfig
 from hashfast.research.tasks import EXTRA, Question, is_right, make_question
 from hashfast.runtime.prompts import read_text
@@ -34,8 +34,9 @@ def greedy_answer(model: PreTrainedModel, question: Question) -> list[int]:
 def needles(config: EvalConfig, data: list[Path], tasks: list[str], samples: int) -> Iterator[dict]:
     """A row per task, signatures file and ratio: right answers of `samples` documents."""
     model = load(config.checkpoint_path, config.device, getattr(torch, config.precision))
-    if config.context > longest_context(model):
-        raise UserError(f"--context {config.context} is more than the model's {longest_context(model)}; give less")
+    longest = min(model.config.max_position_embeddings, binding_window(model) or config.context)
+    if config.context > longest:
+        raise UserError(f"--context {config.context} is more than the model's {longest}; give less")
     tokenizer = Tokenizer.load(config.checkpoint_path)
     source = SimpleNamespace(tokenizer=tokenizer, read_text=functools.cache(read_text), config=config)
     for task in tasks:

@@ -176,7 +176,7 @@ def _mma_linear_kernel(x, norm, weight, bias, residual, out, M, N, eps, K: tl.co
 
 @functools.cache
 def check_lanes(device: torch.device) -> None:
-    """Triton does not promise which lane holds which element, and another order would give other sums: RuntimeError if so.
+    """Check that lanes hold the elements that the PTX assumes, which Triton does not promise: RuntimeError if not.
 
     Small integers, whose sums are exact.
     """

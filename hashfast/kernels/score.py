@@ -92,7 +92,7 @@ def portable_bins(score, total, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _store_counts(counts, histogram, BLOCKS: tl.constexpr):
+def store_counts(counts, histogram, BLOCKS: tl.constexpr):
     """histogram [64] of a block's competing tokens -> its counts, as `_score_kernel` describes them."""
     table = tl.reshape(histogram, [8, 8])
     i = tl.arange(0, 8)
@@ -183,7 +183,7 @@ def _score_kernel(planes, signatures, seq_lens, bins, counts, budgets, budget, K
         else:
             sums = mma_histogram(sums, bin)
     if PORTABLE:
-        _store_counts(counts, sums, BLOCKS)
+        store_counts(counts, sums, BLOCKS)
     else:
         tl.debug_barrier()  # other threads have written the initial values
         store_mma_histogram(counts, sums, BLOCKS)

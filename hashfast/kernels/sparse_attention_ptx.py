@@ -62,7 +62,8 @@ def _load_code(rows, words, step):
         lines += [f"setp.ge.s32 ok, ${position + row}, 0; mad.wide.s32 at, ${position + row}, ${stride}, ${address};"]
         for chunk in range(words // 4):
             registers = ", ".join(f"${row * words + 4 * chunk + i}" for i in range(4))
-            lines += [f"@ok ld.global.L1::no_allocate.v4.b32 {{{registers}}}, [at + {step * chunk}];"]  # others need L1 more
+            # no_allocate: each row is read once, so L1 is left to the GEMVs
+            lines += [f"@ok ld.global.L1::no_allocate.v4.b32 {{{registers}}}, [at + {step * chunk}];"]
     return "{ " + " ".join(lines) + " }"
 
 

@@ -109,7 +109,7 @@ def bench_attention(batch: int, context: int, sparsity: int, mode: str, heads: t
 
     scored = score(0)
     indices = [select(i) for i in range(copies)]
-    half_scores = signatures[0][..., 0].to(torch.float16)  # for torch.topk alone, its scores given for nothing
+    half_scores = signatures[0][..., 0].to(torch.float16)  # for torch.topk alone: its time without scoring
     count = copies * max(1, 16 // copies)
 
     def timed(step: Callable[[int], object], count: int = count) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hashfast.common import UserError
+from hashfast.common import UserError, read_file, text_of
 from hashfast.research.needles import make_needle
 
 HELD_OUT = 2  # sequences kept out of training, of books and of retrieval documents each
@@ -44,10 +44,8 @@ def read_texts(patterns: list[str]) -> dict[str, str]:
         paths.update(found)
     texts = {}
     for path in sorted(paths):
-        try:
-            texts[path] = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {path} as UTF-8 text ({error}); give text files to --data") from error
+        wanted = "give text files in UTF-8 to --data"
+        texts[path] = text_of(read_file(path, wanted), path, wanted)
     return texts
 
 

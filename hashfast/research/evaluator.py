@@ -1,8 +1,10 @@
 """The evaluator: one dense prefill of a batch of texts, from which every selector decodes at every budget."""
+import contextlib
 import functools
+import io
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.decode import Decoder, prefill
 from hashfast.runtime.prompts import read_text
 from hashfast.runtime.sampling import Sampling
+from hashfast.runtime.signatures import load_signatures, model_outline
 from hashfast.runtime.tokenizer import Tokenizer
 
 
@@ -60,13 +63,21 @@ class Run:
 class DecodeEvaluator:
     """A model, its caches, and the runs that decode from them: dense, and every method at every ratio."""
 
-    def __init__(self, config: EvalConfig, texts: int) -> None:
-        """texts: how many there will be; at most config.batch_size of them are in the caches at a time."""
-        self.config = config
+    def __init__(self, config: EvalConfig, texts: int, data: Sequence[Path] = ()) -> None:
+        """texts: how many there will be; at most config.batch_size of them are in the caches at a time.
+
+        data: those of them that have config.context tokens each, which `whole` then holds. What can be wrong is found before
+        weights are read.
+        """
+        self.config, self.context = config, config.context
         self.batch = min(config.batch_size, texts)
-        self.model: Transformer = load_model(config.checkpoint_path, config.device, getattr(torch, config.precision))
-        self.tokenizer = Tokenizer.load(config.checkpoint_path)
         self.read_text = functools.cache(read_text)  # one file serves many documents
+        self.model: Transformer = model_outline(config.checkpoint_path)
+        self.check_context(config.context)
+        self.check_signatures()
+        self.tokenizer = Tokenizer.load(config.checkpoint_path)
+        self.whole = self.texts(data)
+        self.model = load_model(config.checkpoint_path, config.device, getattr(torch, config.precision))
         self.attentions = [layer.attention for layer in self.model.layers]
         self.resize(config.context)
 
@@ -74,6 +85,14 @@ class DecodeEvaluator:
         limit = min(self.model.args.max_position, self.model.args.sliding_window or context)
         if context > limit:
             raise UserError(f"--context {context} is more than the model's {limit}; give less")
+
+    def check_signatures(self) -> None:
+        for path in self.config.signatures:
+            with contextlib.redirect_stderr(io.StringIO()):  # make_methods reads them again, and warns
+                _, about = load_signatures(path, self.model.fingerprint())
+            if "hash_calibrated" in self.config.selectors and not about.get("budgets"):
+                raise UserError(f"{path} holds no calibrated budgets; measure them (train_hash.py --calibrate --out FILE), or "
+                                "leave hash_calibrated out")
 
     def resize(self, context: int) -> None:
         """Make the caches, the methods and the runs for texts of `context` tokens."""
@@ -174,7 +193,7 @@ class DecodeEvaluator:
                 "ratio": run.ratio, "budget": run.budget, "sink": config.sink, "recent": config.recent,
                 "dense_layers": config.dense_layers, "precision": config.precision, "seed": config.seed}
 
-    def texts(self, paths: list[Path]) -> dict[str, Tensor]:
+    def texts(self, paths: Sequence[Path]) -> dict[str, Tensor]:
         """The first `context` tokens of every text, int64 [context]."""
         texts: dict[str, Tensor] = {}
         for path in paths:

@@ -14,17 +14,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from hashfast import model as model_module
 from hashfast.common import ROOT
 from hashfast.hash_attention import HashConfig, HashEncoder
-from hashfast.model import SparseSettings, Transformer
+from hashfast.model import PrefillSettings, SparseSettings, Transformer
 from hashfast.research.report import print_table
 from hashfast.runtime import distributed, tensor_parallel
 from hashfast.runtime.checkpoint import load_model, load_quantization, random_model
-from hashfast.runtime.decode import Decoder, prefill, prepare_prefill
+from hashfast.runtime.decode import Decoder, pairs_read, prefill, prepare_prefill
 from hashfast.runtime.memory import bytes_per_step, cache_bytes_per_token, prefill_bytes, weight_bytes
 from hashfast.runtime.sampling import Sampling
 from hashfast.runtime.signatures import random_encoders
@@ -220,71 +222,119 @@ def random_prompt(model: Transformer, length: int) -> Tensor:
     return torch.randint(model.args.vocab_size, (length,), device="cuda")
 
 
-def timed_prefill(model: Transformer, ids: Tensor, chunk: int) -> tuple[int, float]:
-    """Read a prompt -> its greedy next token, seconds."""
+def matrix_rate() -> float:
+    """FLOP/s of a large product of bfloat16 matrices."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return 2 * 8192 ** 3 / median_ms(lambda: a @ b, 20) * 1000
+
+
+@contextlib.contextmanager
+def timed_stages() -> Iterator[dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]]]:
+    """Events around what prompt chunks do in the model's stages: "select" (and gather) and "attention"."""
+    stages = {"select_rows": "select", "gather_rows": "select", "causal_attention": "attention"}
+    times: dict[str, list] = {stage: [] for stage in stages.values()}
+
+    def timed(run: Callable, stage: str) -> Callable:
+        def call(*args: object, **more: object) -> object:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            result = run(*args, **more)
+            end.record()
+            times[stage].append((begin, end))
+            return result
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name, stage in stages.items():
+            stack.enter_context(mock.patch.object(model_module, name, timed(getattr(model_module, name), stage)))
+        yield times
+
+
+def timed_prefill(model: Transformer, ids: Tensor, settings: PrefillSettings) -> tuple[int, dict[str, float]]:
+    """Read a prompt -> its greedy next token, seconds to it and of its stages. linear_s: all but selection and attention."""
     torch.cuda.synchronize()
-    started = time.perf_counter()
-    token = prefill(model, ids, 1, chunk=chunk).argmax().item()
-    return token, time.perf_counter() - started
+    with timed_stages() as times:
+        started = time.perf_counter()
+        token = prefill(model, ids, 1, chunk=settings.chunk, settings=settings).argmax().item()
+        seconds = time.perf_counter() - started
+    select, attention = (sum(begin.elapsed_time(end) for begin, end in times[stage]) / 1000
+                         for stage in ("select", "attention"))
+    return token, {"ttft_s": seconds, "linear_s": seconds - select - attention, "select_s": select, "attention_s": attention}
 
 
-def prefill_rows(preset: str, contexts: list[int], sparsity: float, chunk: int) -> Iterator[dict]:
-    """Seconds and TFLOP/s of reading a random prompt: 2 FLOPs per weight and token, 4 per query, head, channel and visible key.
-
-    Signatures are written too. plan_gib: weights, caches and an upper estimate of what a chunk takes.
-    """
-    model = random_model(preset, "cuda", torch.bfloat16)
+def prefill_flops(model: Transformer, context: int, settings: PrefillSettings) -> float:
+    """2 per weight of a layer and token, 4 per query, head, channel and key read."""
     args = model.args
     weights = sum(p.numel() for name, p in model.named_parameters() if name.startswith("layers"))
+    pairs = pairs_read(context, settings) * context * (context + 1) / 2
+    return context * 2 * weights + 4 * args.n_layer * args.n_head * args.head_dim * pairs
+
+
+def prefill_columns(model: Transformer, context: int, settings: PrefillSettings, rate: float) -> dict[str, object]:
+    """How a prompt was read, and the seconds that its products take at `rate` FLOP/s."""
+    return {"chunk": settings.chunk, "prefill": settings.mode,
+            "prefill_sparsity": settings.sparsity if settings.mode == "hash" else 1,
+            "pairs_read": pairs_read(context, settings), "floor_s": prefill_flops(model, context, settings) / rate}
+
+
+def prefill_rows(preset: str, contexts: list[int], sparsity: float, ways: list[PrefillSettings]) -> Iterator[dict]:
+    """Seconds, by stage, and TFLOP/s of reading a random prompt in each of `ways`; signatures are written too.
+
+    floor_s: its products at the rate of a large one.  plan_gib: weights, caches and an upper estimate of what a chunk takes.
+    """
+    model = random_model(preset, "cuda", torch.bfloat16)
+    rate = matrix_rate()
     for context in contexts:
-        with skip_on_oom(f"{context} tokens"):
-            encoders, settings = sparse_encoders(model, context, sparsity)
-            release(model)
-            model.setup_caches(1, context, encoders, settings)
-            compile_s = prepare_prefill(model, chunk)
-            _, seconds = timed_prefill(model, random_prompt(model, context), chunk)
-            flops = context * 2 * weights + 4 * args.n_layer * args.n_head * args.head_dim * context * (context + 1) / 2
-            plan = weight_bytes(model) + context * sum(cache_bytes_per_token(model, encoders, 1))
-            yield {"model": preset, "batch": 1, "context": context, "chunk": chunk, "seconds": seconds,
-                   "tflops": flops / seconds / 1e12, "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30,
-                   "plan_gib": (plan + prefill_bytes(model, chunk)) / 2 ** 30, "compile_s": compile_s}
+        for way in ways:
+            with skip_on_oom(f"{context} tokens, {way.mode}"):
+                encoders, settings = sparse_encoders(model, context, sparsity)
+                release(model)
+                model.setup_caches(1, context, encoders, settings)
+                compile_s = prepare_prefill(model, way.chunk, way)
+                _, times = timed_prefill(model, random_prompt(model, context), way)
+                work = prefill_bytes(model, way.chunk, way.gathered(context))
+                plan = weight_bytes(model) + context * sum(cache_bytes_per_token(model, encoders, 1))
+                floor = prefill_columns(model, context, way, rate)
+                yield {"model": preset, "batch": 1, "context": context, **floor, **times,
+                       "tflops": prefill_flops(model, context, way) / times["ttft_s"] / 1e12,
+                       "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30,
+                       "plan_gib": (plan + work) / 2 ** 30, "compile_s": compile_s}
 
 
 @torch.inference_mode()
-def bench_latency(model: Transformer, name: str, context: int, sparsity: float, steps: int, chunk: int,
-                  bandwidth: float) -> list[dict]:
-    """Time to the first token of a random prompt, then per token, dense and hash on the cache of that one prefill."""
+def bench_latency(model: Transformer, name: str, context: int, sparsity: float, steps: int, ways: list[PrefillSettings],
+                  bandwidth: float, rate: float) -> list[dict]:
+    """Time to the first token of a random prompt, then per token, for each of `ways` to read the prompt; dense steps follow a
+    dense prompt, hash steps one read by hash."""
     encoders, settings = sparse_encoders(model, context, sparsity)
     release(model)
     model.setup_caches(1, context + steps + 8, encoders, settings)
-    decoders = {}
-    for mode in ("dense", "hash"):
-        for layer, encoder in zip(model.layers, encoders, strict=True):
-            layer.attention.encoder = encoder if mode == "hash" else None  # a dense step writes no signatures
-        model.set_sparse(settings if mode == "hash" else None)  # of layers that have an encoder
-        decoders[mode] = Decoder(model, 1, Sampling(temperature=0), compiled=True)
-        decoders[mode].prepare()
-    prepare_prefill(model, chunk)
-    token, seconds = timed_prefill(model, random_prompt(model, context), chunk)
     rows = []
-    for mode, decoder in decoders.items():
+    for way in ways:
+        is_hash = way.mode == "hash"
+        for layer, encoder in zip(model.layers, encoders, strict=True):
+            layer.attention.encoder = encoder if is_hash else None  # a dense step writes no signatures
+        model.set_sparse(settings if is_hash else None)  # of layers that have an encoder
+        decoder = Decoder(model, 1, Sampling(temperature=0), compiled=True)
+        decoder.prepare()
+        prepare_prefill(model, way.chunk, way)
+        token, times = timed_prefill(model, random_prompt(model, context), way)
         decoder.start(torch.full_like(decoder.token[:, 0], token), context)
         ms = median_ms(decoder.step, steps)
-        model.set_sparse(settings if mode == "hash" else None)  # the captured steps stay as they are
-        floor = bytes_per_step(model, settings if mode == "hash" else None, context, 1)
-        rows.append({"model": name, "batch": 1, "context": context, "attention": mode,
-                     "sparsity": sparsity if mode == "hash" else 1, "ttft_s": seconds, "ms_per_token": ms,
-                     "floor_ms": floor / bandwidth / 1000})
+        floor = bytes_per_step(model, settings if is_hash else None, context, 1)
+        rows.append({"model": name, "batch": 1, "context": context, "attention": way.mode,
+                     "sparsity": sparsity if is_hash else 1, **prefill_columns(model, context, way, rate), **times,
+                     "ms_per_token": ms, "floor_ms": floor / bandwidth / 1000})
     return rows
 
 
-def latency_rows(preset: str, contexts: list[int], sparsity: float, steps: int, chunk: int) -> Iterator[dict]:
+def latency_rows(preset: str, contexts: list[int], sparsity: float, steps: int, ways: list[PrefillSettings]) -> Iterator[dict]:
     """Rows of bench_latency for each context."""
     model = random_model(preset, "cuda", torch.bfloat16)
-    bandwidth = copy_bandwidth()
+    bandwidth, rate = copy_bandwidth(), matrix_rate()
     for context in contexts:
         with skip_on_oom(f"{context} tokens"):
-            yield from bench_latency(model, preset, context, sparsity, steps, chunk, bandwidth)
+            yield from bench_latency(model, preset, context, sparsity, steps, ways, bandwidth, rate)
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from hashfast.common import UserError
+from hashfast.common import UserError, read_file
 from hashfast.research.report import parity_table, save_results, shape
 
 
@@ -13,10 +13,11 @@ def compare(files: list[Path], out: Path) -> None:
     where the baseline of runs that speculate is the dense one of the same prompt.
     """
     decoded, generated, machine = [], [], {}
+    wanted = "give files of bench decode --json and generate --save"
     commits, dates = {}, {}  # in the order of the files
     for path in files:
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = json.loads(read_file(path, wanted))
             about = result.get("versions") or result
             if machine and about["gpu"] != machine["gpu"]:
                 raise UserError(f"{path} is of another GPU than {files[0]}; compare runs of one kind")
@@ -27,9 +28,8 @@ def compare(files: list[Path], out: Path) -> None:
                 decoded += result["rows"]
             else:
                 generated.append(result)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"cannot read {path} ({type(error).__name__}: {error}); give files of bench decode --json and "
-                            "generate --save") from error
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"cannot read {path} ({type(error).__name__}: {error}); {wanted}") from error
     try:
         rows = decode_parity(decoded) + speculation_parity(generated)
     except (LookupError, TypeError) as error:

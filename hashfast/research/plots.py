@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hashfast.common import UserError, atomic_path
+from hashfast.common import UserError, atomic_path, read_file
 
 
 def plot(files: list[Path]) -> None:
@@ -13,9 +13,10 @@ def plot(files: list[Path]) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    wanted = "give a file that bench --json wrote"
     for path in files:
         try:
-            result = json.loads(path.read_text())
+            result = json.loads(read_file(path, wanted))
             rows = result["rows"]
             figure, axes = plt.subplots(figsize=(8, 4.5))
             if "attend_us" in rows[0]:
@@ -25,9 +26,8 @@ def plot(files: list[Path]) -> None:
             else:
                 plot_latency(axes, rows)
             axes.set_title(f"{result['gpu']}, torch {result['torch']}", fontsize=9)
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"cannot plot {path} ({reason}); give a file that bench --json wrote") from error
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise UserError(f"cannot plot {path} ({type(error).__name__}: {error}); {wanted}") from error
         figure.tight_layout()
         with atomic_path(path.with_suffix(".png")) as beside:
             figure.savefig(beside, dpi=120, format="png")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hashfast.common import UserError, atomic_path, command_line
+from hashfast.common import UserError, atomic_path, command_line, read_file
 
 
 def save_results(path: Path, about: dict[str, object], rows: list[dict], *launch: str) -> None:
@@ -106,15 +106,24 @@ def latency_table(rows: list[dict]) -> str:
     for runs in grouped(rows, lambda row: row["context"]):
         dense, hash = (pick(runs, attention=mode) for mode in ("dense", "hash"))
         gain = dense["ms_per_token"] / hash["ms_per_token"] if dense and hash else None
-        lines.append([tokens(runs[0]["context"]), fixed(runs[0]["ttft_s"], 2), fixed(dense.get("ms_per_token"), 2),
+        sparse = pick(runs, prefill="hash")  # of older files all prompts were read densely
+        lines.append([tokens(runs[0]["context"]), fixed(runs[0]["ttft_s"] if runs[0] is not sparse else None, 2),
+                      fixed(sparse.get("ttft_s"), 2), fixed(dense.get("ms_per_token"), 2),
                       fixed(dense.get("floor_ms"), 2), fixed(hash.get("ms_per_token"), 2), fixed(hash.get("floor_ms"), 2),
                       fixed(gain, 2, "x")])
-    return markdown(["prompt", "first token s", "then dense ms", "floor", "hash ms", "floor", "hash is"], lines)
+    return markdown(["prompt", "first token s", "by hash s", "then dense ms", "floor", "hash ms", "floor", "hash is"], lines)
 
 
 def prefill_table(rows: list[dict]) -> str:
-    return markdown(["batch x context", "seconds", "TFLOP/s", "GiB at most", "GiB planned"],
-                    ([shape(row), fixed(row["seconds"], 2), fixed(row["tflops"], 0), fixed(row["peak_gib"], 1),
+    """Older files have neither stages nor sparse prompts; theirs are `seconds`."""
+    def way(row: dict) -> str:
+        return f"hash, 1/{row['prefill_sparsity']:g}" if row.get("prefill") == "hash" else "dense"
+
+    names = ("floor_s", "linear_s", "select_s", "attention_s")
+    return markdown(["batch x context", "read", "of all pairs", "seconds", "TFLOP/s", "floor", "linear", "select",
+                     "attention", "GiB at most", "GiB planned"],
+                    ([shape(row), way(row), f"{row.get('pairs_read', 1):.1%}", fixed(row.get("ttft_s", row.get("seconds")), 2),
+                      fixed(row["tflops"], 0), *(fixed(row.get(name), 2) for name in names), fixed(row["peak_gib"], 1),
                       fixed(row["plan_gib"], 1)] for row in rows))
 
 
@@ -302,13 +311,14 @@ TABLES = {
 
 
 def read_results(path: Path) -> dict:
+    wanted = "give files that --json wrote"
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(read_file(path, wanted))
         for name in ("gpu", "torch", "triton", "commit", "command"):
             result[name].split()
         result["rows"][0].keys()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read {path} ({type(error).__name__}: {error}); give files that --json wrote") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"cannot read {path} ({type(error).__name__}: {error}); {wanted}") from error
     return result
 
 

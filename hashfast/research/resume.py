@@ -31,7 +31,7 @@ class Partial:
                 about = json.loads(file.metadata()["hashfast"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             before = about["settings"]
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}); delete it") from error
         for name, here in self.settings.items():
             if before.get(name) != here:

@@ -24,8 +24,6 @@ from hashfast.model import Transformer
 from hashfast.research.budgets import budgets_for
 from hashfast.runtime.signatures import load_signatures, random_encoders
 
-SELECTORS = ("dense", "hash", "hash_calibrated", "oracle", "oracle_group", "oracle_max", "streaming", "quest",
-             "double_sparsity", "lsh", "random")
 PAGE = 16  # tokens per page of Quest
 
 

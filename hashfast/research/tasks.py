@@ -31,8 +31,8 @@ def ppl(config: EvalConfig, data: list[Path], last: int) -> Iterator[dict]:
 
     data: text files, of each of which the last `last` of config.context tokens are scored.
     """
-    evaluator = DecodeEvaluator(config, len(data))
-    texts = evaluator.texts(data)
+    evaluator = DecodeEvaluator(config, len(data), data)
+    texts = evaluator.whole
     evaluator.prepare()
     start = config.context - last - 1
     found: list[dict[str, float]] = [{} for _ in evaluator.runs]  # mean log-likelihoods

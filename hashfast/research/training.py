@@ -28,18 +28,14 @@ class TrainConfig:
     seed: int = 0
 
 
-def check_model(longest: int, n_layer: int, context: int, layers: list[int] | None) -> None:
-    """A UserError where a model cannot read `context` tokens, `longest` at most, or has not these layers."""
+def check_model(model: Transformer, context: int, layers: list[int] | None) -> None:
+    """A UserError where the model cannot read `context` tokens or has not these layers."""
+    longest = min(model.args.max_position or context, model.args.sliding_window or context)
     if context > longest:
         raise UserError(f"--context {context} is over the model's {longest}; give at most that")
     for layer in layers or []:
-        if not 0 <= layer < n_layer:
-            raise UserError(f"--layers {layer} is not a layer of this model; give 0 to {n_layer - 1}")
-
-
-def longest_context(model: Transformer) -> int:
-    """Tokens that the model attends to in full; 2^31 where it does not say."""
-    return min(model.args.max_position or 2 ** 31, model.args.sliding_window or 2 ** 31)
+        if not 0 <= layer < model.args.n_layer:
+            raise UserError(f"--layers {layer} is not a layer of this model; give 0 to {model.args.n_layer - 1}")
 
 
 # --------------------------------------------------------------------------------------------------------------- capture

@@ -1,13 +1,18 @@
 """Models from folders in the Hugging Face layout (config.json and safetensors), and models of random weights.
 
-Everything is checked before memory is taken: a field of config.json that could change the maths and is not understood is an
-error, and so is a tensor that is missing, unknown or of another shape.
+Everything is checked before memory is taken. A field of config.json that changes the maths and is not supported is an error, an
+unknown one a warning; an absent one has transformers' default. A tensor that is missing, unknown or of another shape is an
+error.
 """
+import contextlib
+import functools
 import json
 import math
+import os
 import reprlib
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from hashfast.common import UserError
+from hashfast.common import UserError, read_file
 from hashfast.model import ModelArgs, RopeScaling, Transformer
 from hashfast.ops.quant_linear import swap_linears
 from hashfast.runtime import distributed, tensor_parallel
@@ -30,7 +35,7 @@ HARMLESS = frozenset("""
     chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
     encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
     forced_eos_token_id gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_llama_config label2id
-    length_penalty max_length max_new_tokens max_sequence_length min_length model_max_length name_or_path
+    length_penalty max_length max_new_tokens min_length model_max_length name_or_path
     no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions output_hidden_states
     output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values repetition_penalty resid_pdrop
     return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
@@ -41,10 +46,12 @@ HARMLESS = frozenset("""
 # Fields that change the maths, with the values under which they change nothing.
 FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
+    "alibi": (False,),
     "attention_multiplier": (),
     "attention_sinks": (False,),
     "attn_logit_softcapping": (),
     "bias": (False,),
+    "clip_qkv": (),
     "dual_chunk_attention_config": (),
     "embedding_multiplier": (1,),
     "final_logit_softcapping": (),
@@ -57,14 +64,22 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "no_rope_layers": ([],),
     "num_experts": (0,),
     "num_local_experts": (0,),
+    "parallel_attn": (False,),
     "per_layer_config": ({},),
+    "position_embedding_type": ("rope", "rotary"),
     "pruned_heads": ({},),
     "qk_layernorm": (False,),
     "qk_norm": (False,),
+    "query_pre_attn_scalar": (),
     "residual_multiplier": (1,),
     "rope_interleaved": (False,),
+    "rotary_pct": (1,),
+    "scale_depth": (),
+    "scale_emb": (1,),
+    "use_alibi": (False,),
     "use_bias": (False,),
     "use_mrope": (False,),
+    "use_parallel_residual": (False,),
     "use_qk_norm": (False,),
 }
 FIXED_BY_TYPE: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -79,11 +94,14 @@ INTEGER_TYPES = {torch.int8: "I8"}
 
 # What load_args reads or checks by itself.
 SHAPE = frozenset("""
-    architectures auto_map head_dim hidden_size intermediate_size layer_types max_position_embeddings max_window_layers
-    model_type num_attention_heads num_hidden_layers num_key_value_heads original_max_position_embeddings
+    architectures auto_map head_dim hidden_size intermediate_size layer_types max_position_embeddings max_sequence_length
+    max_window_layers model_type num_attention_heads num_hidden_layers num_key_value_heads original_max_position_embeddings
     partial_rotary_factor quantization_config rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window
     tie_word_embeddings use_sliding_window vocab_size
 """.split())
+# Absent, these have transformers' defaults. The others' are short enough to stand in the code.
+DEFAULTED = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
+             "num_key_value_heads", "rms_norm_eps", "vocab_size")
 
 ROPE_COMMON = ("rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 ROPE_FIELDS: dict[str, tuple[str, ...]] = {
@@ -92,6 +110,9 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "finetuned"),
 }
+# Fields of other kinds, which change the maths.
+ROPE_FOREIGN = {"alpha", "full_attention", "llama_4_scaling_beta", "long_factor", "mrope_section", "short_factor",
+                "sliding_attention", *(name for names in ROPE_FIELDS.values() for name in names)}
 
 LLAMA_31_ROPE = RopeScaling("llama3", factor=8.0, original_max_position=8192)
 PRESETS: dict[str, ModelArgs] = {
@@ -116,6 +137,7 @@ class Fields:
     def __init__(self, values: dict[str, Any], where: str) -> None:
         self.nulls = [name for name, value in values.items() if value is None]
         self.values = {name: value for name, value in values.items() if value is not None}
+        self.unknown: list[str] = []
         self.where = where
 
     def whole(self, name: str, default: int | None = None, most: int = 2 ** 24) -> int:
@@ -170,19 +192,19 @@ class Fields:
 def load_args(folder: str | Path) -> ModelArgs:
     """The shape of the model in `folder`, from its config.json as transformers 4 or 5 writes it.
 
-    Raises UserError for what is damaged, unknown or unsupported, naming the field.
+    One line of warning names the fields that are unknown. Raises UserError for what is damaged or unsupported, naming the
+    field.
     """
     path = Path(folder) / "config.json"
-    config = Fields(_read_json(path), str(path))
-    kind = _model_type(config)
+    values = _read_json(path)
+    kind = _model_type(Fields(values, str(path)))
+    config = Fields(_defaults(path, values) | values, str(path))
     _refuse_unsupported(config, kind)
 
     n_layer = config.whole("num_hidden_layers", most=2 ** 13)
     dim = config.whole("hidden_size")
     n_head = config.whole("num_attention_heads", most=2 ** 13)
-    # Absent means one KV head per query head for Llama; null means that for all. The others have always written a number.
-    default = n_head if kind == "llama" or "num_key_value_heads" in config.nulls else None
-    n_kv_head = config.whole("num_key_value_heads", default, most=2 ** 13)
+    n_kv_head = config.whole("num_key_value_heads", n_head, most=2 ** 13)  # null: one for each query head
     if n_head % n_kv_head:
         raise config.error("num_attention_heads", f"must be a multiple of num_key_value_heads ({n_kv_head})")
     if kind != "qwen3" and "head_dim" not in config.values and dim % n_head:
@@ -195,6 +217,11 @@ def load_args(folder: str | Path) -> ModelArgs:
     if rope_scaling is not None and rope_scaling.kind == "yarn":
         # Qwen's recipe adds yarn to a config whose max_position_embeddings stays the length before scaling.
         max_position = max(max_position, int(rope_scaling.factor * rope_scaling.original_max_position))
+    elif rope_scaling is not None and rope_scaling.kind == "linear":
+        # So it is with linear, by transformers' convention; the length after scaling is max_sequence_length, if that is there.
+        scaled = min(int(rope_scaling.factor * max_position), 2 ** 31)
+        max_position = max(max_position, config.whole("max_sequence_length", scaled, most=2 ** 31))
+    _warn_unknown(tuple(config.unknown), config.where)
     biased = kind in ("llama", "qwen3") and config.flag("attention_bias", False)
     return ModelArgs(
         n_layer=n_layer,
@@ -216,14 +243,38 @@ def load_args(folder: str | Path) -> ModelArgs:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _defaults(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """What transformers makes of the fields of DEFAULTED that config.json lacks. It is imported (2 s) only where one does."""
+    absent = [name for name in DEFAULTED if name not in values]
+    if not absent:
+        return {}
+    from transformers import AutoConfig
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # its validation raises what it likes
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot fill in {', '.join(absent)}, absent in {path}: {reason[:300]}; correct the file") from error
+    return {name: getattr(config, name) for name in absent}
+
+
+@functools.cache  # once a process, however often a folder is read
+def _warn_unknown(names: tuple[str, ...], where: str) -> None:
+    if names and distributed.rank() == 0:
+        print(f"warning: unknown field{'s' * (len(names) > 1)} {', '.join(names)} in {where} ignored", file=sys.stderr)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    wanted = "give a folder in the Hugging Face layout"
+    try:
+        path.stat()
     except FileNotFoundError as error:
-        wanted = f"no {path.name} in {path.parent}" if path.parent.is_dir() else f"no folder {path.parent}"
-        raise UserError(f"{wanted}; give a folder in the Hugging Face layout") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; give a folder in the Hugging Face layout") from error
+        lacking = f"no {path.name} in {path.parent}" if path.parent.is_dir() else f"no folder {path.parent}"
+        raise UserError(f"{lacking}; {wanted}") from error
+    except (OSError, ValueError):
+        pass  # read_file says it
+    content = read_file(path, wanted)
+    try:
+        values = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(values, dict):
@@ -240,7 +291,7 @@ def _model_type(config: Fields) -> str:
 
 
 def _refuse_unsupported(config: Fields, kind: str) -> None:
-    """Refuse every field that changes, or might change, what the model computes."""
+    """Refuse every field that changes what the model computes; note those that are unknown."""
     for name in QUANTISED:
         if name in config.values and _quantization(config) is None:
             raise UserError(f"{name} in {config.where}: quantised checkpoints are not supported; use the model's original one")
@@ -253,10 +304,8 @@ def _refuse_unsupported(config: Fields, kind: str) -> None:
         if name.startswith("AutoModel"):
             raise UserError(f"auto_map names code of the model's own for {name} in {config.where}; delete the field if "
                             "transformers runs the model without that code")
-    for name in config.values:
-        if name not in HARMLESS | SHAPE | FIXED.keys() | FIXED_BY_TYPE[kind].keys():
-            raise UserError(f"unknown field {name!r} in {config.where}; it may change what the model computes: if it does not, "
-                            "delete it from the file")
+    known = HARMLESS | SHAPE | FIXED.keys() | FIXED_BY_TYPE[kind].keys()
+    config.unknown += [name for name in config.values if name not in known]
 
 
 def load_quantization(folder: str | Path) -> str | None:
@@ -310,9 +359,10 @@ def read_rope(config: Fields, max_position: int) -> tuple[float, RopeScaling | N
     kind = merged.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         raise UserError(f"RoPE type {reprlib.repr(kind)} in {config.where} is not supported; only {', '.join(ROPE_FIELDS)} are")
-    for name in merged:
-        if name not in ROPE_COMMON + ROPE_FIELDS[kind]:
-            raise UserError(f"unknown field {name!r} of RoPE type {kind} in {config.where}; use another model")
+    for name in merged.keys() - {*ROPE_COMMON, *ROPE_FIELDS[kind]}:
+        if name in ROPE_FOREIGN:
+            raise UserError(f"field {name!r} is not of RoPE type {kind} in {config.where}; use another model")
+        config.unknown.append(name)
     rope.fixed("partial_rotary_factor", (1,))
     rope.fixed("finetuned", (True,))  # false asks YaRN's own code for its dynamic form
     theta = rope.number("rope_theta", 10000.0, above=1.0)
@@ -378,12 +428,29 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: to
 
 def plan_loading(folder: Path) -> tuple[Transformer, dict[str, Place], list[Path]]:
     """The model in `folder` without storage, where its tensors go, and the files that hold them, all checked."""
-    args = load_args(folder)
+    args, quantization = load_args(folder), load_quantization(folder)
     files = _weight_files(folder)
-    model = _meta_model(args, load_quantization(folder))
+    if args.tie_embeddings and quantization is None and _has_own_head(files):
+        args = replace(args, tie_embeddings=False)
+    model = _meta_model(args, quantization)
     places = _places(model)
     _check_tensors(model, places, files)
     return model, places, files
+
+
+def _has_own_head(files: list[Path]) -> bool:
+    """Whether there is an output table other than the input's: transformers keeps it, whatever tie_word_embeddings says."""
+    with contextlib.ExitStack() as stack:
+        tables = {}
+        for file in files:
+            tensors = stack.enter_context(_opened(file))
+            for name in {"model.embed_tokens.weight", "lm_head.weight"} & {*tensors.keys()}:
+                tables[name] = tensors.get_slice(name)
+        shapes = [table.get_shape() for table in tables.values() if table.get_dtype() in FLOAT_TYPES]
+        if len(shapes) < 2 or shapes[0] != shapes[1]:  # another shape or type is refused later
+            return False
+        a, b = tables.values()
+        return any(bool((a[i:i + 4096] != b[i:i + 4096]).any()) for i in range(0, shapes[0][0], 4096))
 
 
 def read_tensors(places: dict[str, Place], files: list[Path], task: str) -> Iterator[tuple[safe_open, str]]:
@@ -545,6 +612,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _opened(file: Path) -> safe_open:
+    if not file.is_file() or not os.access(file, os.R_OK):
+        reason = "permission denied; let this user read it" if file.is_file() else "not a regular file; download it again"
+        raise UserError(f"cannot read {file}: {reason}")
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
@@ -556,7 +626,7 @@ def _check_tensors(model: Transformer, places: dict[str, Place], files: list[Pat
     parameters = dict(model.named_parameters())
     wanted = {name: [place.rows, *parameters[place.parameter].shape[1:]] for name, place in places.items()}
     types = {name: INTEGER_TYPES.get(parameters[place.parameter].dtype) for name, place in places.items()}
-    # A tied model may be saved with its output weights all the same.
+    # A tied model may be saved with its output weights all the same, equal to the input's.
     checked = {"lm_head.weight": wanted["model.embed_tokens.weight"]} | wanted
     seen: dict[str, str] = {}
     extra = []
@@ -578,7 +648,7 @@ def _check_tensors(model: Transformer, places: dict[str, Place], files: list[Pat
                     elif header.get_dtype() not in FLOAT_TYPES:
                         raise UserError(f"tensor {name} in {file} is {header.get_dtype()}: quantised checkpoints are not "
                                         "supported; use the model's original one")
-                elif not name.endswith("rotary_emb.inv_freq"):  # old checkpoints keep what the config says already
+                elif ".rotary_emb." not in name:  # old checkpoints keep frequencies and caches that the config gives
                     extra.append(name)
     if missing := [name for name in wanted if name not in seen]:
         raise UserError(f"{files[0].parent} lacks {_some(missing)}; download all files of the model")

@@ -4,10 +4,11 @@ from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from hashfast.model import Transformer, TransformerBlock
+from hashfast.model import PrefillSettings, Transformer, TransformerBlock
 from hashfast.ops.prompt_attention import piece_sizes
+from hashfast.ops.prompt_selection import prefix_rows
+from hashfast.progress import Progress
 from hashfast.runtime.sampling import Sampling, sample
 
 PREFILL_CHUNK = {"cpu": 2048, "cuda": 4096}  # prompt tokens read at a time, by kind of device
@@ -109,19 +110,49 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def prompt_chunks(start: int, end: int, chunk: int, settings: PrefillSettings | None) -> Iterator[tuple[int, int, bool]]:
+    """(first, last, whether it is read sparsely) of the chunks of tokens start .. end, the last ones of a prompt.
+
+    Chunks that are read sparsely end at multiples of their size, whatever was cached before; then comes the tail.
+    """
+    if settings is not None and settings.mode == "hash":
+        chunk = settings.chunk
+        body = max(start, end - settings.tail)
+        while start < body:
+            last = min(start - start % chunk + chunk, body)
+            yield start, last, True
+            start = last
+    for first in range(start, end, chunk):
+        yield first, min(first + chunk, end), False
+
+
+def pairs_read(length: int, settings: PrefillSettings, dense_share: float = 0.0) -> float:
+    """The share of all pairs of a token and one before or at it that are read of a prompt of `length` tokens.
+
+    dense_share: of the layers, those that read everything (without an encoder).
+    """
+    pairs = 0
+    for first, last, is_sparse in prompt_chunks(0, length, settings.chunk, settings):
+        rows = prefix_rows(first, settings.chunk, settings.sparsity, length) if is_sparse else None
+        count = last - first
+        pairs += count * (first if rows is None else rows.count) + count * (count + 1) // 2
+    return dense_share + (1 - dense_share) * pairs / (length * (length + 1) // 2)
+
+
 @torch.inference_mode()
-def prefill(model: Transformer, ids: Tensor, batch: int, start: int = 0, chunk: int | None = None, row: int = 0) -> Tensor:
+def prefill(model: Transformer, ids: Tensor, batch: int, start: int = 0, chunk: int | None = None, row: int = 0,
+            settings: PrefillSettings | None = None) -> Tensor:
     """Fill `batch` cache rows from `row` on with one prompt, ids int64 [T] at `start` -> logits of its last position [vocab].
 
     It is read once, `chunk` tokens at a time (default: what prefill is compiled for, or PREFILL_CHUNK), and copied.
+    settings: of mode "hash": read sparsely, in its chunks.
     """
     end = start + len(ids)
     chunk = chunk or model.static_chunk or PREFILL_CHUNK[ids.device.type]
-    with tqdm(total=len(ids), desc="prefill", unit="tok", delay=2, leave=False, disable=None) as progress:
-        for part in ids.split(chunk):
-            logits = model.prefill(part, row, start)
-            start += len(part)
-            progress.update(len(part))
+    with Progress("prefill", len(ids), "tok") as progress:
+        for first, last, is_sparse in prompt_chunks(start, end, chunk, settings):
+            logits = model.prefill(ids[first - start:last - start], row, first, settings if is_sparse else None)
+            progress.done += last - first
     if batch > 1:
         for layer in model.layers:
             for buffer in layer.attention.cache.rows():
@@ -130,17 +161,21 @@ def prefill(model: Transformer, ids: Tensor, batch: int, start: int = 0, chunk: 
 
 
 @torch.inference_mode()
-def prepare_prefill(model: Transformer, chunk: int | None = None) -> float:
+def prepare_prefill(model: Transformer, chunk: int | None = None, settings: PrefillSettings | None = None) -> float:
     """Compile prefill for the caches of the model, whose first rows it writes. -> seconds."""
     started = time.perf_counter()
     cache = model.layers[0].attention.cache
     device, length = cache.k.device, cache.k.shape[2]
-    chunk = min(chunk or PREFILL_CHUNK[device.type], length)
+    if settings is not None and settings.mode == "dense":
+        settings = None
+    chunk = min(settings.chunk if settings is not None else chunk or PREFILL_CHUNK[device.type], length)
     model.compile_prefill(chunk)
     # one chunk compiles; on a GPU later ones see a prefix in every size of piece, as kernels may have to be made for each
     sizes = piece_sizes(chunk) if device.type == "cuda" else []
+    if settings is not None:  # the first chunk that reads as many rows, and the second, which reads the first whole
+        sizes = [chunk, *(max(int((size - chunk) * settings.sparsity // chunk + 1), 2) * chunk for size in sizes)]
     for start in [0, *(size for size in sizes if size + chunk <= length)]:
-        model.prefill(torch.zeros(chunk, dtype=torch.int64, device=device), start=start)
+        model.prefill(torch.zeros(chunk, dtype=torch.int64, device=device), start=start, settings=settings)
     synchronize(device.type)
     return time.perf_counter() - started
 
@@ -174,20 +209,22 @@ def decode(decoder: Decoder, first: Tensor, lengths: int | Tensor, count: int) -
 
 
 def decode_all(decoder: Decoder, first: Tensor, lengths: Tensor, count: int, stop_ids: Collection[int],
-               emit: Callable[[int, int, bool], None]) -> tuple[list[list[int]], int]:
+               emit: Callable[[int, int, bool], bool | None]) -> tuple[list[list[int]], int]:
     """Decode until every sequence has ended or has `count` tokens -> new tokens of each (end token included), steps run.
 
-    emit(sequence, token, whether it is that sequence's last) is called for each token.
+    emit(sequence, token, whether it is that sequence's last) is called for each token; where it returns True, it is the last.
     """
     tokens: list[list[int]] = [[] for _ in range(len(first))]
-    running = range(len(first))
+    running = list(range(len(first)))
     steps = 0
     for row in decode(decoder, first, lengths, count):
         steps += 1
+        still = []
         for i in running:
             tokens[i].append(row[i])
-            emit(i, row[i], row[i] in stop_ids or steps == count)
-        running = [i for i in running if row[i] not in stop_ids]
+            if not emit(i, row[i], row[i] in stop_ids or steps == count) and row[i] not in stop_ids:
+                still.append(i)
+        running = still
         if not running:
             break
     synchronize(str(first.device))

@@ -154,7 +154,7 @@ def use_one_shot(elements: int, dtype: torch.dtype) -> None:
 # An operator of our own, because Inductor would move the buffer of torch's into memory that it allocates itself.
 @torch.library.custom_op("hashfast::one_shot_all_reduce", mutates_args=())
 def one_shot_all_reduce(x: Tensor) -> Tensor:
-    """Copy x to where the others see it, wait for them, add up rank by rank, wait until all have read: one kernel."""
+    """One-shot all-reduce in one kernel: copy x to the symmetric buffer, barrier, sum in rank order, barrier."""
     buffer = _one_shot_buffer[:x.numel()].view(x.shape)
     return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x.contiguous(), "sum", _group)
 

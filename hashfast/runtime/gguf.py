@@ -3,7 +3,6 @@
 Quantised tensors are dequantised; the tokenizer is rebuilt from the vocabulary and merges inside the file.
 """
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +11,16 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tqdm import tqdm
 
-from hashfast.common import UserError
+from hashfast.common import UserError, atomic_folder
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+MOST_ENTRIES = 2 ** 16  # fields or tensors of a file
+MOST_ELEMENTS = 2 ** 22  # of an array: tokens or merges
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>")  # chat models stop at either, but a GGUF file names only one as its end token
 MERGE = "merge a split file first (gguf-split --merge), or download it again"
@@ -38,6 +38,27 @@ KNOWN_FIELDS = {
 }
 
 
+class BoundedReader(gguf.GGUFReader):
+    """Refuses counts that no model has, before it goes through them."""
+
+    def _build_fields(self, offs: int, count: int) -> int:
+        return super()._build_fields(offs, self._checked(count, MOST_ENTRIES))
+
+    def _build_tensor_info(self, offs: int, count: int) -> tuple[int, list]:
+        return super()._build_tensor_info(offs, self._checked(count, MOST_ENTRIES))
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple:
+        if raw_type == gguf.GGUFValueType.ARRAY:  # its elements' type, their count, then they
+            self._checked(self._get(orig_offs + 4, np.uint64)[0], min(MOST_ELEMENTS, len(self.data) - orig_offs))
+        return super()._get_field_parts(orig_offs, raw_type)
+
+    @staticmethod
+    def _checked(count: int, most: int) -> int:
+        if count > most:
+            raise ValueError(f"a count of {count} where {most} at most can be")
+        return int(count)
+
+
 class GGUF:
     """An open GGUF file: its metadata by key and its tensors by name."""
 
@@ -46,7 +67,7 @@ class GGUF:
         if not path.is_file():
             raise UserError(f"no such file: {path}; give the path of a .gguf file")
         try:
-            reader = gguf.GGUFReader(path)
+            reader = BoundedReader(path)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}; check the file's permissions") from error
         except Exception as error:  # the reader meets bad bytes with whatever numpy happens to raise
@@ -91,12 +112,15 @@ def model_config(file: GGUF, dtype: str) -> dict[str, Any]:
     window = file.get("{arch}.attention.sliding_window", context)
     if window < context:
         raise file.error(f"unsupported sliding-window attention of {window} tokens", "use a model without it")
+    layers = file.get("{arch}.block_count")
+    if not isinstance(layers, int) or not 1 <= layers <= len(file.tensors):
+        raise file.error(f"{layers} layers and {len(file.tensors)} tensors", MERGE)
     config = {
         "architectures": [ARCHITECTURES[file.arch]],
         "model_type": file.arch,
         "hidden_size": hidden,
         "intermediate_size": file.get("{arch}.feed_forward_length"),
-        "num_hidden_layers": file.get("{arch}.block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
@@ -260,9 +284,7 @@ def convert(source: Path, target: Path, dtype: str = "bfloat16") -> None:
     ends += [i for i in map(tokenizer.token_to_id, END_OF_TURN) if i is not None and i not in ends]
     pad = tokenizer.token_to_id(settings["pad_token"])
     generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": ends, "pad_token_id": pad}
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        beside.mkdir(parents=True)
+    with atomic_folder(target) as beside:
         size = sum(int(tensor.n_elements) for tensor in file.tensors.values()) * DTYPES[dtype].itemsize
         free = shutil.disk_usage(beside).free
         if free < size * 1.02:  # the tokenizer and the configuration are small beside the weights
@@ -273,8 +295,3 @@ def convert(source: Path, target: Path, dtype: str = "bfloat16") -> None:
             (beside / f"{name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         # safetensors lets its owner alone read it: give it the permissions that files have here
         shutil.copymode(beside / "config.json", beside / "model.safetensors")
-        os.replace(beside, target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {target}: {error}; choose a writable place with free space") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -11,6 +11,8 @@ from hashfast.hash_attention import HashEncoder
 from hashfast.model import SparseSettings, Transformer
 from hashfast.runtime import distributed
 
+MOST_SEQUENCES = 64  # decoded together: a step of more is bound by compute, and each prompt waits longer for its text
+
 # ---------------------------------------------------------------------------------------------------------------- a step
 
 
@@ -52,16 +54,18 @@ def weight_bytes(model: Transformer) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def prefill_bytes(model: Transformer, chunk: int) -> int:
+def prefill_bytes(model: Transformer, chunk: int, gathered: int = 0) -> int:
     """An upper estimate of what reading `chunk` prompt tokens at a time takes, whatever the prompt's length.
 
-    The widest moment is the feed-forward: gate and up, their product, the residual and norm; float32 copies where not fused.
-    Of quantised weights many rows are multiplied by a copy in full.
+    Activations peak in the feed-forward: gate and up, their product, the residual and norm; float32 copies where not fused.
+    Of quantised weights many rows are multiplied by a copy in full. gathered: cached tokens whose K and V are copied for a
+    chunk that is read sparsely.
     """
     args = model.args
     weights = 0 if isinstance(model.layers[0].feed_forward.w13, nn.Linear) else 2 * args.intermediate_size * args.dim
     heads = (args.n_head + 2 * args.n_kv_head) * args.head_dim
     elements = chunk * (4 * args.intermediate_size + 8 * args.dim + 2 * heads) + weights
+    elements += gathered * 2 * args.n_kv_head * args.head_dim
     return elements * model.tok_embeddings.weight.element_size()
 
 
@@ -93,18 +97,32 @@ def sparse_settings(length: int, tokens: int, budget: int = 2048, sparsity: floa
     return SparseSettings(min(budget, length), sink, recent, dense_layers)
 
 
-def plan_memory(models: list[Transformer], encoders: list[HashEncoder] | None, length: int, needed: int, batch: int, chunk: int,
-                spare: int = 0, dense_layers: int = 0) -> int:
-    """Print what weights and caches of `length` tokens take, or refuse, before they are allocated -> the caches' length.
-
-    That is as much of `length` as fits, and no less than `needed`. encoders: the last model's.  chunk: prompt tokens read at a
-    time.  spare: rows past the last token, which drafts need.
-    """
+def _room(models: list[Transformer], encoders: list[HashEncoder] | None, length: int, batch: int, chunk: int,
+          dense_layers: int, gathered: int) -> tuple[int, int, int, int]:
+    """Bytes of K and V and of signatures per token of all sequences, of work, and free for caches."""
     row = sum(cache_bytes_per_token(model, None, batch)[0] for model in models)
     signature_row = cache_bytes_per_token(models[-1], encoders, batch, dense_layers)[1]
     # a large prefill chunk takes more than free_memory leaves
-    work = max(prefill_bytes(model, min(chunk, length)) for model in models)
+    work = max(prefill_bytes(model, min(chunk, length), gathered) for model in models)
     free = distributed.all_min(free_memory(models[0].tok_embeddings.weight.device) - max(0, work - 2 ** 30))
+    return row, signature_row, work, free
+
+
+def largest_batch(models: list[Transformer], encoders: list[HashEncoder] | None, length: int, count: int, chunk: int,
+                  spare: int = 0, dense_layers: int = 0, gathered: int = 0) -> int:
+    """How many of `count` sequences of `length` tokens are decoded together: as many as fit, MOST_SEQUENCES at most."""
+    row, signature_row, _, free = _room(models, encoders, length, 1, chunk, dense_layers, gathered)
+    return max(1, min(count, MOST_SEQUENCES, free // ((row + signature_row) * (length + spare))))
+
+
+def plan_memory(models: list[Transformer], encoders: list[HashEncoder] | None, length: int, needed: int, batch: int, chunk: int,
+                spare: int = 0, dense_layers: int = 0, gathered: int = 0) -> int:
+    """Print what weights and caches of `length` tokens take, or refuse, before they are allocated -> the caches' length.
+
+    That is as much of `length` as fits, and no less than `needed`. encoders: the last model's.  chunk: prompt tokens read at a
+    time.  spare: rows past the last token, which drafts need.  gathered: as of `prefill_bytes`.
+    """
+    row, signature_row, work, free = _room(models, encoders, length, batch, chunk, dense_layers, gathered)
     fits = max(free // (row + signature_row) - spare, 0)
     length = max(needed, min(length, fits))
     if length > fits:

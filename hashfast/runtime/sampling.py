@@ -1,4 +1,4 @@
-"""From logits to token ids: greedy, or by temperature and top-k, without host synchronisation."""
+"""From logits to token ids: greedy, or by temperature, top-k and top-p, without host synchronisation."""
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +9,10 @@ from hashfast.runtime import distributed
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_k None keeps the whole vocabulary."""
+    """temperature 0 is greedy; top_k None keeps the whole vocabulary; top_p the fewest tokens of that probability together."""
     temperature: float = 0.8
     top_k: int | None = 200
+    top_p: float = 1.0
 
     @property
     def greedy(self) -> bool:
@@ -35,10 +36,18 @@ def argmax(x: Tensor) -> Tensor:
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """What `sample` draws from where it is not greedy. logits [..., vocab] -> float32 [..., vocab]."""
     logits = logits.float() / sampling.temperature
+    count = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     if sampling.top_k is not None:
-        kept = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+        kept = logits.topk(count, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kept, float("-inf"))
-    return logits.softmax(dim=-1)
+    p = logits.softmax(dim=-1)
+    if sampling.top_p < 1:
+        ranked = p.topk(count, dim=-1).values
+        before = ranked.cumsum(dim=-1) - ranked  # what more probable tokens have together
+        least = ranked.masked_fill(before >= sampling.top_p, 1).amin(dim=-1, keepdim=True)
+        p = p.masked_fill(p < least, 0)
+        p = p / p.sum(dim=-1, keepdim=True)
+    return p
 
 
 def gumbel_sample(weights: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ self    the model drafts for itself: same weights, same cache, but each draft st
 draft   a smaller model of the same vocabulary, with a cache of its own, which may be dense or sparse
 
 Verifying is dense, and rejection sampling (Leviathan et al., arXiv 2211.17192) keeps the dense model's distribution exactly,
-whatever the drafts are; greedy tokens are its argmax at every position. What the drafts wrote into a shared cache, the
-verifying pass writes again from hidden states of dense attention: keys, values and signatures.
+whatever the drafts are; greedy tokens are its argmax at every position. The verify pass overwrites the
+drafts' K, V and signatures in a shared cache by those of dense attention's hidden states.
 
 A round (drafting, verifying, accepting) has static shapes and no host sync: one CUDA graph on a GPU. Every sequence accepts
 as many tokens as it does, so lengths differ within a batch; they live on the device.
@@ -26,14 +26,10 @@ from torch import Tensor
 from hashfast.common import UserError
 from hashfast.model import SparseSettings, Transformer
 from hashfast.runtime import distributed
-from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.decode import Decoder, capture, compile_parts, prefill
 from hashfast.runtime.memory import context_limit
 from hashfast.runtime.sampling import argmax, gumbel_sample, probabilities
 from hashfast.runtime.tokenizer import Tokenizer
-
-LARGEST_K = 64
-
 
 # ---------------------------------------------------------------------------------------------------------------- accept
 
@@ -205,7 +201,7 @@ class Speculator:
         self.left.copy_(left)
 
     def decode_all(self, prompts: list[list[int]], first: Tensor, count: int,
-                   emit: Callable[[int, int, bool], None]) -> tuple[list[list[int]], int]:
+                   emit: Callable[[int, int, bool], bool | None]) -> tuple[list[list[int]], int]:
         """As decode.decode_all after cached `prompts` -> new tokens of each sequence, and the steps without speculation.
 
         Those are one less than the longest answer has tokens. The host waits once a round.
@@ -215,17 +211,20 @@ class Speculator:
         self.start(prompts, first, torch.where(ended, 0, count - 1))
         left = self.left.tolist()
         for i, new in enumerate(tokens):
-            emit(i, new[0], left[i] == 0)
+            if emit(i, new[0], left[i] == 0):
+                left[i] = self.left[i] = 0
         while any(left):
             self.round()
             self.rounds += 1
             for i, (accepted, n, still, *new) in enumerate(self.outcome.tolist()):
                 if left[i] > 0:
                     self.histogram[accepted] += 1
-                    tokens[i] += new[:n]
-                    for j, token in enumerate(new[:n], 1):
-                        emit(i, token, still == 0 and j == n)
                     left[i] = still
+                    for j, token in enumerate(new[:n], 1):
+                        tokens[i].append(token)
+                        if emit(i, token, still == 0 and j == n):
+                            left[i] = self.left[i] = 0
+                            break
         return tokens, max(map(len, tokens)) - 1
 
     def report(self) -> dict:
@@ -243,11 +242,11 @@ def texts(tokenizer: Tokenizer) -> str:
     return tokenizer.decode(range(tokenizer.vocab_size))
 
 
-def load_draft(path: Path, model: Transformer, tokenizer: Tokenizer | None, length: int) -> Transformer:
-    """The draft model in `path`, beside `model` and in its precision; UserError where its vocabulary is another or it is not
-    made for `length` tokens."""
-    weight = model.tok_embeddings.weight
-    draft = load_model(path, weight.device, weight.dtype)
+def check_draft(path: Path, draft: Transformer, model: Transformer, tokenizer: Tokenizer | None, length: int) -> None:
+    """UserError where `draft`, of `path`, has another vocabulary than `model` or is not made for `length` tokens.
+
+    Of both the shapes count alone: they may be on the meta device.
+    """
     ours, its = model.args.vocab_size, draft.args.vocab_size
     if ours != its:
         raise UserError(f"{path} cannot draft for this model: its vocabulary has {its} tokens, the model's {ours}; "
@@ -258,4 +257,3 @@ def load_draft(path: Path, model: Transformer, tokenizer: Tokenizer | None, leng
     if length > limit:
         raise UserError(f"{path} cannot draft in {length} tokens: it is made for {limit} (max_position_embeddings or "
                         "sliding_window in its config.json); shorten the prompt, --max_new_tokens or --max_seq_length")
-    return draft

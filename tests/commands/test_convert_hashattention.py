@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from hashfast.commands import convert_hashattention
-from hashfast.commands.convert_hashattention import convert
 from hashfast.common import UserError, run_command
 from hashfast.hash_attention import HashConfig, score_reference
 from hashfast.model import Fingerprint
 from hashfast.runtime.checkpoint import load_model
+from hashfast.runtime.foreign_signatures import convert
 from hashfast.runtime.signatures import load_signatures
 
 MODEL = Fingerprint(n_layer=2, n_head=4, n_kv_head=2, head_dim=16, rope_theta=1e4, vocab_size=100)

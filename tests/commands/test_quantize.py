@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from hashfast.commands import quantize
 from hashfast.common import UserError
 from hashfast.ops.quant_linear import Int8Linear, dequantize_int8, quantize_int8
+from hashfast.research.perplexity import perplexity, read_windows
 from hashfast.runtime.checkpoint import load_model, load_quantization, random_model
 from hashfast.runtime.memory import bytes_per_step, prefill_bytes
 
@@ -53,7 +54,7 @@ def test_tied_qwen_with_biases_in_shards(tmp_path, run, monkeypatch):
         if name.endswith("bias"):
             parameter.data.normal_()
     made.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(quantize, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr("hashfast.runtime.quantize.SHARD_BYTES", 10_000)
     code, _, err = run("--checkpoint_path", tmp_path / "model", "--out", tmp_path / "q")
     assert code == 0, err
     files = sorted((tmp_path / "q").glob("*.safetensors"))
@@ -79,11 +80,11 @@ def test_perplexity_is_that_of_transformers(tiny_checkpoint, tmp_path, run):
     transformers = pytest.importorskip("transformers")
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox " * 20)
-    (window,) = quantize.read_windows(tiny_checkpoint, [text], 2)
+    (window,) = read_windows(tiny_checkpoint, [text], 2)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
     with torch.inference_mode():
         expected = model(window[None], labels=window[None]).loss.exp().item()
-    got = quantize.perplexity(load_model(tiny_checkpoint, dtype=torch.float32), [window], "test")
+    got = perplexity(load_model(tiny_checkpoint, dtype=torch.float32), [window], "test")
     assert got == pytest.approx(expected, rel=1e-4)
     code, out, err = run("--checkpoint_path", tiny_checkpoint, "--out", tmp_path / "q", "--mode", "int8", "--data", text)
     assert code == 0 and f"perplexity {expected:.2f}"[:13] in out and "ratio" in out, err

@@ -38,5 +38,5 @@ def test_every_pattern_must_name_a_file(tmp_path: Path) -> None:
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="a.txt as UTF-8"):
+    with pytest.raises(UserError, match="a.txt: not UTF-8 at byte 0"):
         read_texts([str(tmp_path / "a.txt")])

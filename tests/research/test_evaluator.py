@@ -7,8 +7,8 @@ from eval_inputs import CONTEXT, RECENT, SINK, config, make_files
 
 from hashfast.common import UserError
 from hashfast.model import SparseSettings
+from hashfast.names import SELECTORS
 from hashfast.research.evaluator import DecodeEvaluator
-from hashfast.research.selectors import SELECTORS
 from hashfast.runtime.decode import prefill
 
 

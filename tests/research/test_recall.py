@@ -8,8 +8,8 @@ from eval_inputs import PROSE, config, make_files
 
 from hashfast.common import UserError
 from hashfast.hash_attention import HashConfig, select_tokens_reference
+from hashfast.names import SELECTORS
 from hashfast.research.recall import attention_recall, recall, recall_curve
-from hashfast.research.selectors import SELECTORS
 from hashfast.research.training import attention_weights
 from hashfast.runtime.signatures import random_encoders
 

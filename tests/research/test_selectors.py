@@ -241,7 +241,7 @@ def test_double_sparsity_is_told_of_the_prompts_queries() -> None:
             padding = torch.randn(1, 3, HQ, D, generator=generator)
             queries = torch.cat((q[prompt:prompt + 1, start:end], padding), dim=1)  # padding is not observed
             keys = F.pad(k[prompt:prompt + 1, :, start:end], (0, 0, 0, 3))
-            attention.prefill(queries, keys, keys, None, 1, start, end - start)
+            attention.prefill(queries, keys, keys, None, None, 1, start, end - start)
     torch.testing.assert_close(selector.query_size[1], q[1].abs().sum(dim=0).unflatten(0, (HKV, -1)).sum(dim=1))
     assert not selector.query_size[0].any()
 

@@ -10,10 +10,10 @@ import torch
 from eval_inputs import CONTEXT, PROSE, config, make_files
 
 from hashfast.common import UserError
+from hashfast.names import SELECTORS
 from hashfast.research import evaluator as evaluator_module
 from hashfast.research.evaluator import DecodeEvaluator
 from hashfast.research.needles import TASKS, Needle
-from hashfast.research.selectors import SELECTORS
 from hashfast.research.tasks import (
     grid,
     make_question,

@@ -1,5 +1,6 @@
 """Batches of different prompts: every sequence gets the tokens that it gets alone."""
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from conftest import COMPILED, GPU, Ran
 
 from hashfast.hash_attention import HashConfig
 from hashfast.model import ModelArgs, SparseSettings
+from hashfast.runtime import memory
 from hashfast.runtime.checkpoint import PRESETS, load_model
 from hashfast.runtime.decode import Decoder, decode, prefill
 from hashfast.runtime.sampling import Sampling
@@ -168,6 +170,31 @@ def test_texts_chats_and_ids(run: Callable[..., Ran], write: Callable[..., Path]
     assert chat.out == chat.json["text"][0] + "\n" + chat.out.splitlines()[-1] + "\n"  # one prompt streams as always
 
 
+@pytest.mark.parametrize("flags", [("--batch_size", 2), ("--speculate", "self", *HASH[2:]), HASH])
+def test_more_prompts_than_fit(flags: tuple, run: Callable[..., Ran], write: Callable[..., Path],
+                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at a time, by --batch_size or by memory; the last batch is filled up, which nobody sees."""
+    file = write(*({"ids": ids} for ids in (*IDS, *IDS[:2])))
+    whole = run("--prompts", file, *(flags if "--batch_size" not in flags else ()), "--ignore_eos")
+    with monkeypatch.context() as patched:
+        patched.setattr(memory, "MOST_SEQUENCES", 2)
+        ran = run("--prompts", file, *flags, "--ignore_eos", "--num_samples", 2)
+    assert "\n5 prompts, 2 at a time\n" in ran.err and "at a time" not in whole.err
+    assert ran.tokens == 2 * whole.tokens and ran.json["text"] == 2 * whole.json["text"]
+    assert ran.json["kv_bytes"] < whole.json["kv_bytes"] and ran.json["prompt_tokens"] == whole.json["prompt_tokens"]
+    assert [line[:4] for line in ran.out.splitlines() if re.match(r"\[\d\] ", line)] == 2 * [f"[{i}] " for i in range(5)]
+
+
+def test_the_batch_that_fits(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(tiny_checkpoint, "cpu", torch.float32)
+    encoders = random_encoders(HashConfig(), model.fingerprint())
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10 * 100 * (256 + 16))
+    for signatures, length, count, expected in (
+            (encoders, 100, 99, 10), (encoders, 101, 99, 9), (None, 100, 99, 10), (None, 100, 3, 3), (None, 10 ** 6, 99, 1),
+            (None, 1, 99, memory.MOST_SEQUENCES)):
+        assert memory.largest_batch([model], signatures, length, count, 2048) == expected
+
+
 def test_the_budget_is_of_the_longest_prompt(run: Callable[..., Ran], write: Callable[..., Path]) -> None:
     file = write({"ids": [1]}, {"ids": [2] * 400})
     flags = ("--attention", "hash", "--sink", 4, "--recent", 8, "--sparsity", 4)
@@ -186,7 +213,7 @@ def test_ids_need_no_tokenizer(run: Callable[..., Ran], write: Callable[..., Pat
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("line", [
-    "Hello", "", "[1, 2]", "{}", '"prompt"', "null", '{"prompt": 3}', '{"prompt": ""}', '{"ids": []}', '{"ids": "12"}',
+    "Hello", "[1, 2]", "{}", '"prompt"', "null", '{"prompt": 3}', '{"prompt": ""}', '{"ids": []}', '{"ids": "12"}',
     '{"ids": [1, true]}', '{"ids": 3}', '{"ids": [1.5]}', '{"messages": []}', '{"messages": ["x"]}', '{"messages": {"a": 1}}',
     '{"messages": [{"role": "user"}]}', '{"prompt": "a", "ids": [1]}', "[" * 10 ** 5, '{"prompt": "a"',
 ])
@@ -201,7 +228,6 @@ def test_other_mistakes(run: Callable[..., Ran], write: Callable[..., Path], tmp
     for flags, message in [
         (("--prompts", write({"ids": [1]}, {"ids": [2, 259]})), "prompts.jsonl line 2: token id 259 is outside"),
         (("--prompts", tmp_path / "none.jsonl"), "none.jsonl: No such file"),
-        (("--prompts", tmp_path / "prompts.jsonl", "--batch_size", 3), "has 2 prompts; leave --batch_size 3 out"),
         (("--prompts", tmp_path / "prompts.jsonl", "--compare", "x"), "leave --compare out"),
         (("--prompts", tmp_path / "prompts.jsonl", "--prompt", "x"), "--prompt: not allowed with argument --prompts"),
         (("--prompts", tmp_path / "prompts.jsonl", "--chat"), "a prompt of token ids is no chat; leave --chat out"),

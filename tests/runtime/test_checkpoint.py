@@ -121,13 +121,23 @@ def test_sharded(index: bool, tmp_path: Path) -> None:
 def test_harmless_extra_tensors(tmp_path: Path) -> None:
     tensors = saved(tmp_path, "qwen2-tied")
     file = tmp_path / "model.safetensors"
-    extra = {"lm_head.weight": torch.zeros(40, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    caches = {f"model.layers.0.self_attn.rotary_emb.{name}": torch.ones(4) for name in ("inv_freq", "cos_cached", "sin_cached")}
+    extra = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()} | caches
     save_file(load_file(file) | extra, file)
-    assert_equal(load_model(tmp_path, dtype=torch.float32), tensors)
+    model = load_model(tmp_path, dtype=torch.float32)
+    assert_equal(model, tensors)
+    assert model.args.tie_embeddings and model.output.weight is model.tok_embeddings.weight
+    own = tensors["model.embed_tokens.weight"].clone()
+    own[-1, -1] += 1
+    save_file(load_file(file) | {"lm_head.weight": own}, file)  # transformers keeps what is there
+    assert_equal(load_model(tmp_path, dtype=torch.float32), tensors | {"lm_head.weight": own})
 
 
 def test_peak_host_memory(tmp_path: Path) -> None:
-    """Five shards of 48 MB of float32: the peak is the model in bfloat16 and 1.2 shards, not the whole checkpoint."""
+    """Five shards of 48 MB of float32: the peak is the model in bfloat16 and 1.2 shards, not the whole checkpoint.
+
+    Nothing of it imports transformers, which takes a second or two.
+    """
     sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 5, "num_attention_heads": 8,
              "num_key_value_heads": 4, "vocab_size": 128}
     written(tmp_path, LLAMA_V4 | sizes)
@@ -142,22 +152,26 @@ def test_peak_host_memory(tmp_path: Path) -> None:
         save_file(shard, tmp_path / f"model-0000{i + 1}-of-00005.safetensors")
     largest = max(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     script = """
-import sys, torch, checkpoint
+import sys, torch
 from pathlib import Path
+from hashfast.runtime import checkpoint
+from hashfast.runtime.tokenizer import Tokenizer
 def peak():
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 torch.ones(1 << 20).bfloat16().sum()  # what torch takes or imports once is not counted
 checkpoint.plan_loading(Path(sys.argv[1]))
 before = peak()
 model = checkpoint.load_model(sys.argv[1])
-print(peak() - before, sum(p.nbytes for p in model.parameters()))
+print(peak() - before, sum(p.nbytes for p in model.parameters()), "transformers" in sys.modules)
 """
     if not Path("/proc/self/status").exists():
         pytest.skip("the peak is read from /proc")
-    root = str(Path(checkpoint.__file__).parent)
+    root = str(Path(checkpoint.__file__).parents[2])
     result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True,
                             env=os.environ | {"PYTHONPATH": root})
-    peak, model = map(int, result.stdout.split())
+    *sizes, imported = result.stdout.split()
+    peak, model = map(int, sizes)
+    assert imported == "False"
     assert peak - model < 1.2 * largest, f"{(peak - model) / 1e6:.0f} MB beside the model; largest shard {largest / 1e6:.0f} MB"
 
 
@@ -290,6 +304,32 @@ def test_head_dim_and_biases_of_qwen3_and_llama(tmp_path: Path) -> None:
         assert (biased.head_dim, biased.qk_norm, biased.qkv_bias, biased.out_bias) == (16, config is QWEN3_V4, True, True)
 
 
+@pytest.mark.parametrize("config", [LLAMA_V4, MISTRAL_V4, QWEN_V4], ids=["llama", "mistral", "qwen2"])
+def test_absent_fields_have_the_defaults_of_transformers(config: dict[str, Any], tmp_path: Path) -> None:
+    sizes = {"num_attention_heads": 64, "hidden_size": 2048}
+    bare = {name: config[name] for name in ("model_type", "architectures", "tie_word_embeddings")} | sizes
+    args, library = load_args(written(tmp_path, bare)), transformers.AutoConfig.from_pretrained(tmp_path)
+    assert (args.n_layer, args.intermediate_size, args.vocab_size, args.n_kv_head, args.head_dim, args.norm_eps) == (
+        library.num_hidden_layers, library.intermediate_size, library.vocab_size, library.num_key_value_heads, 32,
+        library.rms_norm_eps)
+    assert (args.max_position, args.rope_theta) == (library.max_position_embeddings, library.rope_parameters["rope_theta"])
+    assert args.sliding_window == library.sliding_window if config is not LLAMA_V4 else args.sliding_window is None
+
+
+def test_unknown_fields_are_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    noise = {"secret_sauce": 1, "pad_token": "<pad>", "neftune_noise_alpha": None}
+    folder = written(tmp_path, LLAMA_V4 | noise | {"rope_scaling": LINEAR_OLD | {"note": 1}})
+    assert load_args(folder) == load_args(written(tmp_path / "plain", LLAMA_V4 | {"rope_scaling": LINEAR_OLD}))
+    load_args(folder)
+    assert capsys.readouterr().err == f"warning: unknown fields secret_sauce, pad_token, note in {folder}/config.json ignored\n"
+
+
+@pytest.mark.parametrize("said, length", [(None, 512), (300, 300), (256, 256)])
+def test_linear_scaling_lengthens_the_context(said: int | None, length: int, tmp_path: Path) -> None:
+    config = LLAMA_V4 | {"max_sequence_length": said, "rope_scaling": LINEAR_OLD}
+    assert load_args(written(tmp_path, config)).max_position == length
+
+
 # ------------------------------------------------------------------------------------------------------------ bad configs
 
 BAD_CONFIGS: list[tuple[Any, str]] = [
@@ -316,6 +356,7 @@ BAD_CONFIGS: list[tuple[Any, str]] = [
         ({"rope_theta": -1.0}, "rope_theta"),
         ({"rope_theta": 10 ** 400}, "rope_theta"),
         ({"max_position_embeddings": None}, "max_position_embeddings is missing"),
+        ({"max_sequence_length": "long", "rope_scaling": LINEAR_OLD}, "max_sequence_length"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a list"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
@@ -334,13 +375,13 @@ BAD_CONFIGS: list[tuple[Any, str]] = [
         ({"layer_types": ["full_attention"]}, "layer_types must have one entry per layer"),
         ({"quantization_config": {"bits": 4}}, "quantization_config.*original"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"secret_sauce": 1}, "unknown field 'secret_sauce'"),
+        ({"alibi": True}, "alibi"),
         ({"rope_scaling": 2.0}, "rope_scaling must be an object"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ({"rope_scaling": {"rope_type": "longrope", "long_factor": []}}, "'longrope'"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "'mrope'"),
         ({"rope_scaling": {"type": ["linear"]}}, "RoPE type"),
-        ({"rope_scaling": {"factor": 2.0}}, "unknown field 'factor' of RoPE type default"),
+        ({"rope_scaling": {"factor": 2.0}}, "field 'factor' is not of RoPE type default"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor"),
         ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "rope_type is given twice"),
@@ -353,7 +394,10 @@ BAD_CONFIGS: list[tuple[Any, str]] = [
     ]),
     (MISTRAL_V4 | {"attention_bias": True}, "attention_bias"),
     (MISTRAL_V4 | {"sliding_window": "wide"}, "sliding_window"),
-    ({name: value for name, value in MISTRAL_V4.items() if name != "num_key_value_heads"}, "num_key_value_heads is missing"),
+    ({name: value for name, value in MISTRAL_V4.items() if name != "num_key_value_heads"},  # transformers makes it 8
+     "must be a multiple of num_key_value_heads .8."),
+    ({name: value for name, value in LLAMA_V4.items() if name != "vocab_size"} | {"hidden_size": "32"},
+     "cannot fill in vocab_size, absent in .*hidden_size"),
     (QWEN_V4 | {"use_sliding_window": 1}, "use_sliding_window"),
     (QWEN_V4 | {"use_mrope": True}, "use_mrope"),
     (QWEN_V4 | {"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config"),
@@ -433,7 +477,7 @@ def test_damaged_weights(damage: str, tmp_path: Path) -> None:
         file.mkdir()
     else:
         file.write_bytes({"cut": content[:-100], "empty": b"", "pointer": b"version https://git-lfs.github.com/spec/v1\n"}[damage])
-    with pytest.raises(UserError, match="cannot read .*model.safetensors.*damaged or incomplete"):
+    with pytest.raises(UserError, match="cannot read .*model.safetensors.*(damaged or incomplete|not a regular file)"):
         load_model(tmp_path)
 
 

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hashfast import generate
-from hashfast.commands.quantize import quantize_folder
 from hashfast.common import UserError
 from hashfast.hash_attention import HashConfig, HashEncoder
 from hashfast.model import ModelArgs, SparseSettings
 from hashfast.runtime import distributed, tensor_parallel
 from hashfast.runtime.checkpoint import PRESETS, load_model, random_model
 from hashfast.runtime.decode import Decoder, decode, prefill
+from hashfast.runtime.quantize import quantize_folder
 from hashfast.runtime.sampling import Sampling
 from hashfast.runtime.signatures import load_signatures, random_encoders, save_signatures
 
@@ -277,7 +277,8 @@ def test_the_command_line_speaks_once(tmp_path: Path, folder: Path, command: Cal
     prompts.write_text("".join(json.dumps({"ids": ids}) + "\n" for ids in PROMPTS))
     flags = ["--checkpoint_path", folder / "llama", "--prompts", prompts, "--max_new_tokens", 12, "--temperature", 0, "--json",
              "--attention", "hash", "--signatures", folder / "llama" / "signatures.safetensors", "--budget", 16, "--sink", 4,
-             "--recent", 4, "--sparse_tail", 5, "--ignore_eos", "--max_seq_length", "auto"]
+             "--recent", 4, "--sparse_tail", 5, "--ignore_eos", "--max_seq_length", "auto", "--prefill", "hash",
+             "--prefill_sparsity", 4, "--prefill_chunk", 8, "--prefill_tail", 2]
     expected = command(*flags)
     ran = torchrun("generate.py", "--device", "cpu", *flags, "--save", tmp_path / "saved.json")
     assert ran.returncode == 0, ran.stderr
