@@ -148,8 +148,8 @@ class PrefillSettings:
 class KVCache(nn.Module):
     """Static buffers of one layer: k, v [B, Hkv, S, D] and, with an encoder, signatures int32 [B, Hs, S, W]."""
 
-    def __init__(self, batch: int, length: int, args: ModelArgs, encoder: HashEncoder | None, device: torch.device,
-                 dtype: torch.dtype) -> None:
+    def __init__(self, batch: int, length: int, args: ModelArgs | Fingerprint, encoder: HashEncoder | None,
+                 device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         shape = (batch, args.n_kv_head, length, args.head_dim)
         self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype), persistent=False)

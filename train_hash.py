@@ -8,8 +8,10 @@ hashfast/research: data.py makes sequences, training.py trains a layer, recipes.
 """
 # Modules that need torch are imported where they are used: `--help` and most mistakes do not wait for it.
 import argparse
+import functools
 import hashlib
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,32 +24,32 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hashfast.hash_attention import HashEncoder
-    from hashfast.model import Transformer
+    from hashfast.model import Fingerprint
     from hashfast.research.data import Sequence
     from hashfast.research.resume import Partial
     from hashfast.research.training import TrainConfig
 
 
-def train(model: "Transformer", encoders: "list[HashEncoder]", training: "list[Sequence]",
-          held_out: "dict[str, list[Sequence]]", budget: int, config: "TrainConfig", layers: list[int],
-          partial: "Partial") -> "tuple[dict[str, list[dict]], Tensor]":
+def train(capture: "Callable[[list[Sequence]], Iterator[tuple[list[Tensor], ...]]]", model: "Fingerprint", device: str,
+          encoders: "list[HashEncoder]", training: "list[Sequence]", held_out: "dict[str, list[Sequence]]", budget: int,
+          config: "TrainConfig", layers: list[int], partial: "Partial") -> "tuple[dict[str, list[dict]], Tensor]":
     """Train the encoders of `layers` in place and measure those of all layers; what `partial` holds is taken from there.
 
-    budget: tokens at which recall is measured. -> by kind of held-out text, each layer's recall of the trained encoder and its
-    bounds; recall by units of budget, float32 [n_layer, Hs, J].
+    capture: `research.training.capture` of the model.  budget: tokens at which recall is measured.
+    -> by kind of held-out text, each layer's recall of the trained encoder and its bounds; recall by units of budget,
+    float32 [n_layer, Hs, J].
     """
     import torch
     from tqdm import tqdm
 
     from hashfast.research.recall import layer_recall
-    from hashfast.research.training import capture, train_layer
+    from hashfast.research.training import train_layer
     from hashfast.runtime.signatures import random_encoders, round_weights
 
-    device = model.output.weight.device
-    untrained = random_encoders(encoders[0].config, model.fingerprint(), config.seed + 1)
+    untrained = random_encoders(encoders[0].config, model, config.seed + 1)
     recalls, curves = [], []
     sequences = training + [sequence for kept in held_out.values() for sequence in kept]
-    progress = tqdm(capture(model, sequences), total=len(encoders), desc="layers", unit="layer")
+    progress = tqdm(capture(sequences), total=len(encoders), desc="layers", unit="layer")
     for i, (queries, keys, values) in enumerate(progress):
         if not all(part.isfinite().all() for kind in (queries, keys, values) for part in kind):
             raise UserError(f"layer {i} computes values that are not finite; the checkpoint is damaged, or too large for this "
@@ -82,6 +84,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--checkpoint_path", type=Path, required=True, metavar="FOLDER", help="folder with config.json, safetensors, tokenizer")
     add("--precision", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the model")
     add("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    add("--backend", choices=("hashfast", "transformers"), default="hashfast",
+        help="what runs the model; transformers: any decoder with rotary, full, grouped-query attention")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", required=True, metavar="FILE", help="text files or globs to train on")
     add("--context", type=int, default=8192, metavar="N", help="tokens per training sequence")
@@ -124,14 +128,14 @@ def check_arguments(args: argparse.Namespace) -> None:
                         f"{2 * (args.sink + args.recent + 64)} or a smaller --sink and --recent")
 
 
-def run_settings(args: argparse.Namespace, encoder: "HashEncoder", model: "Transformer", texts: dict[str, str]) -> dict:
+def run_settings(args: argparse.Namespace, encoder: "HashEncoder", model: "Fingerprint", texts: dict[str, str]) -> dict:
     """All that a layer's result depends on, for Partial."""
     import torch
     names = ("recipe", "context", "sequences", "needles", "steps", "layers", "sink", "recent", "seed", "device", "precision",
-             "calibrate")
+             "calibrate", "backend")
     digest = hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()[:16]
     return {**asdict(encoder.config), **{name: getattr(args, name) for name in names}, "data": digest,
-            **asdict(model.fingerprint()), "checkpoint_path": str(args.checkpoint_path.resolve()), "torch": torch.__version__}
+            **asdict(model), "checkpoint_path": str(args.checkpoint_path.resolve()), "torch": torch.__version__}
 
 
 def main() -> None:
@@ -145,7 +149,7 @@ def main() -> None:
         from hashfast.research.data import DataConfig, make_sequences, read_texts
         from hashfast.research.recall import table
         from hashfast.research.resume import Partial
-        from hashfast.research.training import TrainConfig, check_model
+        from hashfast.research.training import TrainConfig, capture, check_model
         from hashfast.runtime.checkpoint import load_model
         from hashfast.runtime.hub import checkpoint_folder
         from hashfast.runtime.signatures import load_signatures, model_outline, random_encoders, save_signatures
@@ -162,22 +166,30 @@ def main() -> None:
     begin = time.perf_counter()
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32: codes are learned as well, several times as fast
-    outline = model_outline(args.checkpoint_path)  # what can be wrong, before weights are read
+    precision = getattr(torch, args.precision)
+    if args.backend == "transformers":
+        from hashfast.integrations.transformers_capture import CaptureModel
+        outline = CaptureModel(args.checkpoint_path, args.device, precision)
+    else:
+        outline = model_outline(args.checkpoint_path)  # what can be wrong, before weights are read
     check_model(outline, args.context, args.layers)
     fingerprint = outline.fingerprint()
     layers = list(range(fingerprint.n_layer)) if args.layers is None else args.layers
     encoders, about = random_encoders(shape, fingerprint, args.seed), {}
     if args.calibrate:
         layers, (encoders, about) = [], load_signatures(args.out, fingerprint)
-    partial = Partial(args.out, run_settings(args, encoders[0], outline, texts), args.resume)
+    partial = Partial(args.out, run_settings(args, encoders[0], fingerprint, texts), args.resume)
     training, held_out = make_sequences(texts, Tokenizer.load(args.checkpoint_path).encode,
                                         DataConfig(args.context, args.sequences, args.needles, args.seed))
-    model = load_model(args.checkpoint_path, args.device, getattr(torch, args.precision))
+    if args.backend == "transformers":
+        capture = outline.capture
+    else:
+        capture = functools.partial(capture, load_model(args.checkpoint_path, args.device, precision))
 
     window = args.sink + args.recent
     budget = max(args.context // 16, window + UNIT)
     config = TrainConfig(args.recipe, args.steps, args.sink, args.recent, args.seed)
-    recalls, curves = train(model, encoders, training, held_out, budget, config, layers, partial)
+    recalls, curves = train(capture, fingerprint, args.device, encoders, training, held_out, budget, config, layers, partial)
 
     print(f"attention recall of {budget} of {args.context} tokens, on held-out sequences")
     print(table(recalls))

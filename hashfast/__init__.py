@@ -30,6 +30,8 @@ _WHERE = {
     "Decoder": "runtime.decode",
     "DecodeOptions": "runtime.session",
     "Session": "runtime.session",
+    "enable": "integrations.transformers",
+    "disable": "integrations.transformers",
 }
 __all__ = list(_WHERE)
 

@@ -10,6 +10,7 @@ COMMANDS = {
     "generate": ("hashfast.generate", "load a model, prefill a prompt, decode, print"),
     "train": ("hashfast.train_hash", "train signatures for a frozen model"),
     "eval": ("hashfast.commands.eval", "quality: perplexity, retrieval, recall, tasks of lm-evaluation-harness"),
+    "lm-eval": ("hashfast.commands.lm_eval", "lm-evaluation-harness with the model hashfast, on transformers"),
     "bench": ("hashfast.commands.bench", "latency: attention, decode steps, prefill, speculation; plots and tables"),
     "quantize": ("hashfast.commands.quantize", "write a checkpoint with quantised linear layers"),
     "download": ("hashfast.commands.download", "fetch a model from Hugging Face"),

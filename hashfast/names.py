@@ -5,3 +5,4 @@ SELECTORS = ("dense", "hash", "hash_calibrated", "oracle", "oracle_group", "orac
 VARIANTS = ("ours", "random", "hashattention", "hata", "16 bits", "64 bits", "128 bits", "1-bit query", "2-bit query",
             "8-bit query", "depth 2", "depth 3", "per query head", "no needles", "log |v|", "1/4 of the context")
 MODES = ("default", "hashattention", "hata")  # of bench attention: research/attention_latency.py
+IMPLEMENTATIONS = ("hashfast", "sdpa", "flash_attention_2")  # of bench transformers: attention in transformers

@@ -51,6 +51,7 @@ decode() {
     run -m hashfast bench decode --model qwen3-4b --shapes 1x32768 8x32768 --no_warm_start \
         --json "$RESULTS/decode_qwen3_$name.json"
     run -m hashfast bench latency --json "$RESULTS/latency_$name.json"
+    run -m hashfast bench transformers --json "$RESULTS/transformers_$name.json"
     run -m hashfast bench ragged --json "$RESULTS/ragged_$name.json"
     run -m hashfast bench plot "$RESULTS/decode_$name.json" "$RESULTS/latency_$name.json"
 }

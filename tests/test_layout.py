@@ -1,5 +1,6 @@
 """The import rule: who may import whom, by which name, and what must not be needed to import anything."""
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -14,8 +15,8 @@ FOUR = ("model", "hash_attention", "generate", "train_hash")  # at the top, with
 # A module imports those of lower layers, and others of its own layer as long as that makes no circle.
 LAYERS = ({"hashfast", "hashfast.common", "hashfast.names", "hashfast.progress", "hashfast.kernels"},
           {"hashfast.ops", "hashfast.hash_attention"}, {"hashfast.model"},
-          {"hashfast.runtime"}, {"hashfast.research"},
-          {"hashfast.integrations", "hashfast.commands", "hashfast.generate", "hashfast.train_hash"}, {"hashfast.__main__"})
+          {"hashfast.runtime"}, {"hashfast.research"}, {"hashfast.integrations"},
+          {"hashfast.commands", "hashfast.generate", "hashfast.train_hash"}, {"hashfast.__main__"})
 
 
 def module_name(path: Path) -> str:
@@ -57,8 +58,8 @@ def test_layers(name: str) -> None:
         assert layer(other) <= layer(name), f"{name} imports {other}, of a higher layer"
         if name.startswith("hashfast.kernels"):
             assert other.startswith("hashfast.kernels"), f"{name}, a kernel, imports {other}"
-        if layer(name) == 5:
-            assert layer(other) < 5, f"the command {name} imports the command {other}"
+        if layer(name) == 6:
+            assert layer(other) < 6, f"the command {name} imports the command {other}"
 
 
 def test_no_circles() -> None:
@@ -106,7 +107,9 @@ def test_command_lines_are_read_by_commands(name: str) -> None:
 
 
 def test_everything_imports_without_triton_and_gpu() -> None:
-    names = [name for name in FILES if not name.startswith("hashfast.kernels.")]
+    missing = importlib.util.find_spec("accelerate") is None  # the harness's models import it
+    names = [name for name in FILES if not name.startswith("hashfast.kernels.")
+             and not (missing and name == "hashfast.integrations.lm_eval")]
     code = f"""import importlib, sys
 sys.modules["triton"] = None
 for name in {names}:

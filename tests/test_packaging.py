@@ -48,6 +48,11 @@ def test_one_package_with_all_files(site: Path) -> None:
         assert (site / "hashfast" / f"{name}.py").read_text() == (ROOT / f"{name}.py").read_text()
 
 
+def test_the_harness_finds_the_model(site: Path) -> None:
+    (text,) = (path.read_text() for path in site.glob("*.dist-info/entry_points.txt"))
+    assert "[lm_eval.models]\nhashfast = hashfast.integrations.lm_eval:HashfastLM" in text
+
+
 def test_it_runs_from_another_folder(site: Path, tmp_path: Path) -> None:
     """As one set of modules, and with the signatures that ship."""
     code = """import sys

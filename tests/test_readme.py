@@ -26,7 +26,7 @@ BY_HAND = {"quickstart_cpu.json", "quickstart_h200.json"}  # from the quickstart
 OF_OLD_COMMITS = {"ideas_16k.json"}  # whose code is gone; NOTES.md names the commit
 
 # Figures in README's own words: versions. Every other figure stands in a table between markers.
-VERSIONS = {"3.10", "2.11", "3.6", "2.13", "Llama-3.1-8B", "Apache-2.0"}
+VERSIONS = {"3.10", "2.11", "3.6", "2.13", "5.17", "Llama-3.1-8B", "Apache-2.0"}
 EXPLAINED = {"2x"}  # an example of how to read "hash is"
 
 
@@ -144,13 +144,24 @@ def test_commands(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not (ROOT / "checkpoints" / "smollm2-135m-instruct").exists(), reason="needs scripts/quickstart.sh's model")
 def test_the_notebook_example_runs(tmp_path: Path) -> None:
     """As it stands in README, on the real model and a short text, from a folder of its own."""
-    (code,) = blocks(README, "python")
+    code, _ = blocks(README, "python")
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "alice29.txt").write_text("Alice was beginning to get very tired of sitting by her sister on the")
     ran = subprocess.run([sys.executable, "-c", code.replace("max_new_tokens=64", "max_new_tokens=4")], cwd=tmp_path,
                          capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert ran.returncode == 0 and ran.stdout.startswith(" couch. She was"), ran
+
+
+@pytest.mark.skipif(not (ROOT / "checkpoints" / "smollm2-135m-instruct").exists(), reason="needs scripts/quickstart.sh's model")
+def test_the_transformers_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    _, code = blocks(README, "python")
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "alice29.txt").write_text("Alice was beginning to get very tired of sitting by her sister on the")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("=64", "=4").replace("-64", "-4"), "README.md", "exec"), {})
+    assert capsys.readouterr().out == " couch. She was\n"
 
 
 def test_the_example_runs(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -7,6 +7,7 @@
     python -m hashfast bench prefill --context 32768 131072 --json results/prefill_h200.json
     python -m hashfast bench latency --json results/latency_h200.json
     python -m hashfast bench ragged --json results/ragged_h200.json
+    python -m hashfast bench transformers --json results/transformers_h200.json      model.generate, by attention implementation
     python -m hashfast bench plot results/attention_h200.json results/decode_h200.json
     python -m hashfast bench report --results my-results      results/README.md's tables of your own numbers
 
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hashfast.common import ROOT, Parser, UserError, check_writable, environment
-from hashfast.names import MODES
+from hashfast.names import IMPLEMENTATIONS, MODES
 
 CASES = ["1x32768x16", "1x131072x32", "8x32768x32", "1x524288x32", "16x131072x32"]
 
@@ -95,6 +96,9 @@ def parse_options() -> argparse.Namespace:
                                help="prompts of different lengths decoded together, and one by one")
     part.add_argument("--lengths", nargs="+", type=at_least_1(int),
                       default=[1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768], metavar="N", help="of the prompts")
+    part = commands.add_parser("transformers", parents=[model, steps, rows], help="transformers' generate, enabled and not")
+    part.add_argument("--shapes", default=["1x32768", "8x32768", "1x131072"], **shapes)
+    part.add_argument("--implementation", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     part = commands.add_parser("plot", help="PNGs from results files")
     part.add_argument("files", nargs="+", type=Path)
     part = commands.add_parser("parity", help="one results file of what each feature takes, from others")
@@ -131,6 +135,9 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
     shapes = [integers(shape) for shape in options.shapes]
     if options.command == "speculate":
         return speculate_rows(options.model, shapes, options.k, options.sparsity, options.steps)
+    if options.command == "transformers":
+        from hashfast.integrations.transformers_latency import transformers_rows
+        return transformers_rows(options.model, shapes, options.implementation, options.sparsity, options.steps)
     return decode_rows(options.model, shapes, options.attention, options.sparsity, options.steps, options.quantize,
                        options.checkpoint_path, options.warm_start, options.nccl)
 

@@ -64,6 +64,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     part = commands.add_parser("needles", parents=[shared, data, context, dense], help="synthetic retrieval")
     part.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     part.add_argument("--samples", type=int, default=32, help="documents per task")
+    part.add_argument("--backend", choices=("hashfast", "transformers"), default="hashfast",
+                      help="what runs the model; transformers: --signatures alone, without dense attention beside them")
     part = commands.add_parser("grid", parents=[shared, data, dense],
                                help="a single needle by context and depth; a PNG beside --json")
     part.add_argument("--contexts", type=int, nargs="+", default=[8192, 16384, 32768], help="tokens of a document")
@@ -98,6 +100,8 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--prefill_sparsity {min(options.prefill_sparsity):g} is out of range; it must be at least 1")
     if options.prefill_sparsity and not options.signatures:
         raise UserError("--prefill_sparsity needs --signatures FILE; train_hash.py writes one")
+    if getattr(options, "backend", "") == "transformers" and (options.selectors != ["hash"] or not options.signatures):
+        raise UserError("--backend transformers measures --signatures FILE alone; give one, and no --selector")
     if options.command == "grid":
         options.context = min(options.contexts)
         if not 0 <= min(options.depths) <= max(options.depths) <= 100:
@@ -140,6 +144,9 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
     plot = options.json and options.json.with_suffix(".png")
     if options.command == "ppl":
         return ppl(config, options.data, options.last)
+    if options.command == "needles" and options.backend == "transformers":
+        from hashfast.integrations.transformers_needles import needles as transformers_needles
+        return transformers_needles(config, options.data, options.tasks, options.samples)
     if options.command == "needles":
         return needles(config, options.data, options.tasks, options.samples)
     if options.command == "grid":

@@ -4,10 +4,11 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -90,7 +91,14 @@ def tokenize_needle(tokenizer: Tokenizer, needle: Needle) -> Question:
     return Question(needle, torch.tensor(whole), common_prefix(context, asked), len(whole) - common_prefix(asked, whole))
 
 
-def make_question(evaluator: DecodeEvaluator, data: list[Path], task: str, context: int, i: int,
+class Source(Protocol):
+    """What makes questions: `DecodeEvaluator`, and what else has its tokenizer, texts and seed."""
+    tokenizer: Tokenizer
+    read_text: Callable[[Path], str]
+    config: EvalConfig
+
+
+def make_question(evaluator: Source, data: list[Path], task: str, context: int, i: int,
                   depth: int | None = None) -> Question:
     """The i-th document of a task, of nearly `context` tokens. depth: where its fact lies, in percent (task "single")."""
     tokenizer = evaluator.tokenizer

@@ -213,7 +213,7 @@ def load_args(folder: str | Path) -> ModelArgs:
     if head_dim % 2:
         raise UserError(f"head_dim must be even for RoPE (it is {head_dim} in {path}); use another model")
     max_position = config.whole("max_position_embeddings", most=2 ** 31)
-    rope_theta, rope_scaling = _rope(config, max_position)
+    rope_theta, rope_scaling = read_rope(config, max_position)
     if rope_scaling is not None and rope_scaling.kind == "yarn":
         # Qwen's recipe adds yarn to a config whose max_position_embeddings stays the length before scaling.
         max_position = max(max_position, int(rope_scaling.factor * rope_scaling.original_max_position))
@@ -345,7 +345,7 @@ def _sliding_window(config: Fields, kind: str, n_layer: int) -> int | None:
     return config.whole("sliding_window", 4096, most=2 ** 31)
 
 
-def _rope(config: Fields, max_position: int) -> tuple[float, RopeScaling | None]:
+def read_rope(config: Fields, max_position: int) -> tuple[float, RopeScaling | None]:
     """Base and scaling of RoPE, from the fields of transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters)."""
     top = {name: config.values[name] for name in ROPE_COMMON[1:] if name in config.values}
     merged: dict[str, Any] = {}

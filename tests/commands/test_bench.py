@@ -15,6 +15,7 @@ from hashfast.common import UserError
     ("attention --cases 1x2", "argument --cases: '1x2' is not batch x context x sparsity"),
     ("prefill --context few", "argument --context: invalid int value: 'few'"),
     ("ragged --sparsity nan", "argument --sparsity: nan is out of range"),
+    ("transformers --implementation eager", "argument --implementation: invalid choice: 'eager'"),
     ("decode --quantize int8 --checkpoint_path somewhere", "--quantize is of random weights"),
     ("decode --json pyproject.toml/rows.json", "--json pyproject.toml/rows.json cannot be written"),
     ("decode --json /proc/self/rows.json", "--json /proc/self/rows.json cannot be written"),
