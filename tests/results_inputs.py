@@ -7,6 +7,9 @@ CASE = {**SIZES, "sparsity": 32, "mode": "default", "encode_us": 5.0, "total_us"
 PEERS = {"dense_best_us": 50.0, "dense_best": "cudnn", "dense_gb_s": 4000.0, "flash_us": 60.0, "flex_us": None}
 MEASURED = {"model": "m", "context": 8192, "selector": "hash", "recipe": "listwise", "bits": 32, "share": "kv", "ratio": 16,
           "budget": 512, "exact": 3, "samples": 4, "bytes_per_token": 4.0, "nll_difference": 0.25}
+DISTANCE = MEASURED | {"kind": "all", "ppl_ratio": 0.99, "ratio_interval": [0.98, 1.01], "kl": 0.0138,
+                       "kl_interval": [0.0121, 0.0155], "agreement": 0.941, "agreement_interval": [0.93, 0.95],
+                       "per_text": {"a": 0.99}}
 ROWS = {  # table: its rows, and cells that must come of them
     "attention": ([CASE | PEERS, CASE | {"mode": "hashattention", "total_us": 33.0}],
                   ["1 x 32K, 1/32", "20.0", "50 (cudnn, 4000 GB/s)", "2.5x", "60", "-", "33.0"]),

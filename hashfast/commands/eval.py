@@ -1,13 +1,15 @@
 """Quality, measured: what is lost when a decode step reads only a few tokens, selected by signatures or by other methods.
 
     python -m hashfast eval ppl     --checkpoint_path MODEL --data books/*.txt --signatures weights/*.safetensors
+    python -m hashfast eval ppl     --checkpoint_path MODEL --kinds novels='books/*.txt' code=package:asyncio --windows 4 ...
     python -m hashfast eval needles --checkpoint_path MODEL --data books/*.txt --selector hash oracle_group quest --ratios 16 32
     python -m hashfast eval grid    --checkpoint_path MODEL --data books/*.txt --contexts 8192 32768 --depths 0 50 100
     python -m hashfast eval recall  --checkpoint_path MODEL --data books/*.txt --selector hash oracle --json recall.json
     python -m hashfast eval lm      --checkpoint_path MODEL --tasks NAME --include_path DIR --ratios 16
 
 ppl      the first tokens of each text are read densely, its last ones are decoded one by one, each given the true token before
-         it (teacher forcing): with everything in view, then with 1/ratio of the context. A ratio of 1 to dense loses nothing.
+         it (teacher forcing): with everything in view, then with 1/ratio of the context. KL 0 to dense and agreement 1 lose
+         nothing; a perplexity ratio below 1 is no gain, as attending to fewer tokens sharpens attention.
 needles  retrieval documents: the context is read densely, the question and the answer are decoded.
 grid     the same with a single needle, at several contexts and depths; a PNG beside --json.
 recall   the share of the dense model's attention, and of its top tokens, that a budget selects, by layer and KV head.
@@ -21,6 +23,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from hashfast.common import Parser, UserError, can_compile, check_device, check_writable, default_device, environment
+from hashfast.research.data import named_texts, read_kinds
 from hashfast.research.evaluator import EvalConfig
 from hashfast.research.needles import TASKS
 from hashfast.research.recall import recall
@@ -53,7 +56,12 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
                        help="first layers that attend to everything, whatever the selector")
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    part = commands.add_parser("ppl", parents=[shared, data, context, dense], help="teacher-forced perplexity of long texts")
+    part = commands.add_parser("ppl", parents=[shared, context, dense], help="perplexity, and KL to dense, of long texts")
+    texts = part.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--data", type=Path, nargs="+", help="text files that no signature was trained on")
+    texts.add_argument("--kinds", nargs="+", metavar="KIND=GLOB",
+                       help="text files by kind; KIND=package:NAME is the source of an installed Python package")
+    part.add_argument("--windows", type=int, default=1, help="disjoint windows of --context tokens of each text, at most")
     part.add_argument("--last", type=int, default=512, help="tokens that are scored, each after one decode step")
     part = commands.add_parser("needles", parents=[shared, data, context, dense], help="synthetic retrieval")
     part.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -85,7 +93,7 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
     if options.precision is None:
         options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
     least = {"sink": 0, "recent": 1, "dense_layers": 0, "seed": 0, "batch_size": 1, "samples": 1, "top": 1, "last": 1,
-             "tail": 1, "limit": 1}
+             "windows": 1, "tail": 1, "limit": 1}
     for flag, low in least.items():
         value = getattr(options, flag, None)
         if value is not None and value < low:
@@ -108,7 +116,9 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
     config = EvalConfig(**{field.name: getattr(options, field.name) for field in fields(EvalConfig)})
     plot = options.json and options.json.with_suffix(".png")
     if options.command == "ppl":
-        return ppl(config, options.data, options.last)
+        kinds = read_kinds(options.kinds, 8 * options.windows * options.context) if options.kinds else {  # 3 to 5 make a token
+            "all": named_texts(options.data)}
+        return ppl(config, kinds, options.last, options.windows)
     if options.command == "needles":
         return needles(config, options.data, options.tasks, options.samples)
     if options.command == "grid":
