@@ -18,6 +18,7 @@ lm       tasks of lm-evaluation-harness: the prompt is read densely but for its 
 Every selector has the same budget, and one dense prefill of a text serves them all. --batch_size texts are decoded together.
 """
 import argparse
+import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +31,13 @@ from hashfast.research.recall import recall
 from hashfast.research.report import save_results
 from hashfast.research.selectors import SELECTORS
 from hashfast.research.tasks import grid, needles, ppl
+
+
+def json_object(text: str) -> dict:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -82,6 +90,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     part.add_argument("--include_path", type=Path, help="a folder with more tasks (YAML)")
     part.add_argument("--limit", type=int, help="documents per task; default: all")
     part.add_argument("--chat", action="store_true", help="wrap prompts in the model's chat template")
+    part.add_argument("--metadata", type=json_object, default={}, metavar="JSON",
+                      help='what tasks that make their data are told; RULER: \'{"max_seq_lengths": [16384]}\'')
     part.add_argument("--tail", type=int, default=64, help="last tokens of a prompt that are decoded, not prefilled")
     return check_options(parser.parse_args(argv))
 
@@ -131,7 +141,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
         if error.name != "lm_eval":
             raise
         raise UserError("the lm command needs lm-evaluation-harness; pip install lm-eval") from error
-    return lm(config, options.tasks, options.include_path, options.limit, options.tail, options.chat)
+    return lm(config, options.tasks, options.include_path, options.limit, options.tail, options.chat, options.metadata)
 
 
 def main() -> None:
