@@ -30,6 +30,8 @@ ROWS = {  # table: its rows, and cells that must come of them
     "needles": ([MEASURED | {"task": "uuids"}, MEASURED | {"task": "single", "exact": 4},
                  MEASURED | {"task": "uuids", "selector": "hash_calibrated", "share": "query"}],
                 ["3/4 (+0.25)", "4/4 (+0.25)", "7/8", "4", "hash calibrated (listwise, 32 bit, one per query head)"]),
+    "ruler": ([MEASURED | {"task": task, "value": value} for task, value in (("niah_single_1", 1.0), ("ruler_vt", 0.5))],
+              ["niah_single_1", "vt", "1.000", "0.500", "0.750"]),
     "grid": ([MEASURED | {"depth": depth} for depth in (0, 50)], ["1/16", "6/8"]),
     "ablations": ([{"name": "64 bits", "bytes_per_token": 8.0, "ratio": ratio, "mass_books": 0.5 + ratio / 64,
                     "mass_needles": 0.25} for ratio in (16, 32)], ["64 bits", "8", "0.750", "1.000", "0.250"]),

@@ -13,7 +13,8 @@ ppl      the first tokens of each text are read densely, its last ones are decod
 needles  retrieval documents: the context is read densely, the question and the answer are decoded.
 grid     the same with a single needle, at several contexts and depths; a PNG beside --json.
 recall   the share of the dense model's attention, and of its top tokens, that a budget selects, by layer and KV head.
-lm       tasks of lm-evaluation-harness: the prompt is read densely but for its last tokens, which are decoded too.
+lm       tasks of lm-evaluation-harness: the prompt is read densely but for its last tokens, which are decoded too. RULER's
+         ruler_vt, ruler_fwe, niah_single_1, niah_multikey_2 and _3, ruler_cwe make their data (pip install wonderwords nltk).
 
 Every selector has the same budget, and one dense prefill of a text serves them all. --batch_size texts are decoded together.
 """

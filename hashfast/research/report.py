@@ -194,6 +194,14 @@ def needles_table(rows: list[dict]) -> str:
     return markdown(["chosen by", "tokens read", "bytes", *(task.replace("_", " ") for task in tasks), "all"], lines)
 
 
+def ruler_table(rows: list[dict]) -> str:
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lines = [[method(runs[0]), f"{runs[0]['budget']} of {runs[0]['context']}",
+              *(fixed(pick(runs, task=task).get("value"), 3) for task in tasks),
+              fixed(sum(row["value"] for row in runs) / len(runs), 3)] for runs in by_run(rows)]
+    return markdown(["chosen by", "tokens read", *(task.removeprefix("ruler_") for task in tasks), "mean"], lines)
+
+
 def grid_table(rows: list[dict]) -> str:
     contexts = list(dict.fromkeys(row["context"] for row in rows))
     lines = [[method(runs[0]), f"1/{runs[0]['ratio']}" if runs[0]["ratio"] > 1 else "all",
@@ -322,6 +330,7 @@ TABLES = {
     "parity": Table("parity*.json", parity_table),
     "ppl": Table("quality_ppl*.json", ppl_table),
     "needles": Table("quality_needles*.json", needles_table),
+    "ruler": Table("quality_ruler*.json", ruler_table),
     "grid": Table("needle_grid*.json", grid_table),
     "ablations": Table("ablations*.json", ablations_table),
     "quickstart": Table("quickstart*.json", quickstart_table),

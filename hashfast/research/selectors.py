@@ -340,7 +340,7 @@ class MagicPIG(Selector):
         batch, newest = torch.arange(len(q), device=q.device), seq_lens.long() - 1
         self.codes[batch, :, newest] = self.encode(k[batch, :, newest].float() - self.mean[:, :, 0])
         query = self.encode(q).unflatten(1, (k.shape[1], -1))  # [B, Hkv, G, TABLES]
-        left = torch.arange(TABLES, 0, -1, dtype=torch.uint8, device=q.device)
+        left = TABLES - torch.arange(TABLES, dtype=torch.int16, device=q.device)  # Inductor counts down wrongly in uint8
         left = (self.codes[:, :, None] == query[:, :, :, None]) * left  # [B, Hkv, G, S, TABLES]
         left = left.masked_fill(left == left.amax(dim=-1, keepdim=True), 0).amax(dim=-1)  # of the second table
         return left.flatten(1, 2).float() * k.shape[2] - torch.arange(k.shape[2], device=k.device)

@@ -317,6 +317,22 @@ def test_attention_within_the_budget_is_dense(name: str, tensors: tuple) -> None
     torch.testing.assert_close(attended, dense(q, k, k.flip(3), 187))
 
 
+@gpu_only
+@pytest.mark.parametrize("name", ["h2o", "magicpig", "multipole"])
+def test_compiled_attention_is_the_same(name: str, tensors: tuple) -> None:
+    q, k, lengths = (tensor.cuda() for tensor in tensors)
+    found = []
+    for compiled in (True, False):
+        selector = make(name, k)
+        selector.budget = BUDGET
+        for row in range(B):
+            selector.build(k, row, 180)
+        attend = torch.compile(selector.attend, fullgraph=True, dynamic=False) if compiled else selector.attend
+        with torch.inference_mode():
+            found.append(attend(q, k, k.flip(3), lengths))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
 def test_magicpig_draws_by_chance_and_weighs_by_it(tensors: tuple) -> None:
     q, k, lengths = tensors
     q, k = q[:1], F.normalize(k[:1], dim=-1) + 0.7
