@@ -274,6 +274,13 @@ class H2O(Selector):
         for name, fill in (("prompt", 0.0), ("total", 0.0), ("kept", True)):
             self.register_buffer(name, torch.full(k.shape[:3], fill, device=k.device), persistent=False)
         self.register_buffer("newest", torch.full(k.shape[:1], -1, device=k.device), persistent=False)
+        self.states: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by budget, each with evictions of its own
+
+    def set_budget(self, budget: int, context: int) -> None:
+        self.budget = budget
+        if budget not in self.states:
+            self.states[budget] = self.total.clone(), self.kept.clone(), torch.full_like(self.newest, self.total.shape[2])
+        self.total, self.kept, self.newest = self.states[budget]
 
     def observe(self, q: Tensor, k: Tensor, row: int, start: int) -> None:
         if start == 0:
@@ -288,7 +295,8 @@ class H2O(Selector):
             self.prompt[row, :, :end] += weights[0].sum(dim=(1, 2))
 
     def build(self, k: Tensor, row: int, length: int) -> None:
-        self.newest[row] = k.shape[2]  # the first step starts from the prompt
+        for newest in (self.newest, *(newest for *_, newest in self.states.values())):
+            newest[row] = k.shape[2]  # the first step starts from the prompt
 
     def forward(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
         newest, position = seq_lens.long() - 1, torch.arange(k.shape[2], device=k.device)
