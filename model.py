@@ -235,11 +235,10 @@ class Attention(nn.Module):
         if qkv.shape[1] > 1 or self.sparse is None and self.selector is None:  # drafted tokens to verify attend to everything
             return dense_attention(q, cache.k, cache.v, seq_lens)[0]
         if self.selector is not None:
-            indices = self.selector(q[:, 0], cache.k, seq_lens)
-        else:
-            budget = self.sparse.budget if self.budgets is None else self.budgets
-            indices = select_tokens(planes, cache.signatures, seq_lens, budget, self.sparse.sink, self.sparse.recent,
-                                    K=self.sparse.budget, shift=self.encoder.shift, caches=(cache.k, cache.v))
+            return self.selector.attend(q[:, 0], cache.k, cache.v, seq_lens)[:, None]
+        budget = self.sparse.budget if self.budgets is None else self.budgets
+        indices = select_tokens(planes, cache.signatures, seq_lens, budget, self.sparse.sink, self.sparse.recent,
+                                K=self.sparse.budget, shift=self.encoder.shift, caches=(cache.k, cache.v))
         return sparse_attention(q[:, 0], cache.k, cache.v, indices)[0][:, None]
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, signatures: Tensor | None, weights: Tensor | None, row: int, start: int,

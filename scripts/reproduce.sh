@@ -8,6 +8,7 @@
 #   parity    two or four GPUs for tensor parallelism, else left out with a line; for speculation MODEL and PROMPT
 #   quality   BOOKS; for everything at 32K tokens MODEL and TRAIN as well
 #   BOOKS     a folder of long .txt files (32K tokens for MODEL) that no signature was trained on
+#   PLAYS     a glob of plays, long .txt files; default: data/asyoulik.txt, of which 32K tokens make one window
 #   TRAIN     a folder of other long .txt files, for the signatures of MODEL that are compared with its own
 #   MODEL     a checkpoint folder made for 32K tokens (python -m hashfast download Qwen/Qwen2.5-Coder-1.5B-Instruct --out ...)
 #   SIGNATURES  its signatures (python train_hash.py); default: weights/<the folder's name>.safetensors
@@ -27,6 +28,7 @@ name=$(head -n 1 <<<"$gpus" | sed -E 's/^NVIDIA //; s/ [0-9]+GB.*//' | tr 'A-Z '
 name=${name:-gpu} # h200, and of "NVIDIA H100 80GB HBM3" h100
 small=checkpoints/smollm2-135m-instruct
 MODEL=${MODEL:-}
+PLAYS=${PLAYS:-data/asyoulik.txt}
 SIGNATURES=${SIGNATURES:-weights/$(basename "${MODEL:-none}").safetensors}
 
 die() {
@@ -105,10 +107,19 @@ parity() {
     run -m hashfast bench parity "${files[@]}" --json "$RESULTS/parity_$name.json"
 }
 
+# distance MODEL FILE CONTEXT BATCH RATIOS SIGNATURES...: the table of all selectors by KL to dense, over novels, code and plays
+distance() {
+    local model=$1 file=$2 context=$3 batch=$4 ratios=$5
+    # shellcheck disable=SC2086  # ratios are words
+    run -m hashfast eval ppl --checkpoint_path "$model" --signatures "${@:6}" --context "$context" --last 256 --windows 2 \
+        --kinds "novels=$BOOKS/*.txt" code=package:{torch,sympy,networkx,asyncio} "dialogue=$PLAYS" --batch_size "$batch" \
+        --ratios $ratios --json "$RESULTS/$file" --selector hash oracle oracle_group oracle_max streaming h2o quest \
+        double_sparsity magicpig multipole lsh
+}
+
 quality() {
     run -m hashfast.commands.fetch_quickstart
-    run -m hashfast eval ppl --checkpoint_path $small --signatures weights/smollm2-135m-instruct.safetensors --data "$BOOKS"/*.txt \
-        --context 8192 --last 512 --ratios 16 32 --compile --json "$RESULTS/quality_ppl.json"
+    distance $small quality_ppl.json 8192 8 "8 16 32" weights/smollm2-135m-instruct{,-hashattention,-hata}.safetensors
     run -m hashfast eval recall --checkpoint_path $small --signatures weights/smollm2-135m-instruct.safetensors --data "$BOOKS"/*.txt \
         --context 4096 --last 16 --selector hash oracle_group quest lsh streaming --ratios 16 --json "$RESULTS/recall.json"
     run -m hashfast ablations --checkpoint_path $small --data "$BOOKS"/*.txt --context 2048 --sink 4 --recent 12 \
@@ -126,12 +137,20 @@ quality() {
     done
     local shared=(--checkpoint_path "$MODEL" --data "$BOOKS"/*.txt) others=(oracle_group quest double_sparsity lsh streaming) context
     local compared=("$SIGNATURES" "$own-64bit.safetensors" "$own-hashattention.safetensors" "$own-hata.safetensors")
-    run -m hashfast eval ppl "${shared[@]}" --signatures "${compared[@]}" --context 32768 --last 1024 --batch_size 6 --ratios 16 32 64 \
-        --selector hash oracle_group streaming --json "$RESULTS/quality_ppl_32k.json"
+    distance "$MODEL" quality_ppl_32k.json 32768 6 "8 16 32 64" "${compared[@]}"
     for context in 16 32; do
         run -m hashfast eval needles "${shared[@]}" --signatures "${compared[@]}" --context $((1024 * context)) --batch_size 16 \
             --ratios 16 32 --selector hash "${others[@]}" --json "$RESULTS/quality_needles_${context}k.json"
     done
+    if "$PYTHON" -c "import lm_eval, wonderwords, nltk" 2>/dev/null; then
+        for context in 16 32; do
+            run -m hashfast eval lm --checkpoint_path "$MODEL" --signatures "$SIGNATURES" --context $((1024 * context)) --ratios 16 32 \
+                --tasks niah_single_1 niah_multikey_2 niah_multikey_3 ruler_vt ruler_cwe ruler_fwe --limit 50 --chat \
+                --metadata "{\"max_seq_lengths\": [$((1024 * context))]}" --json "$RESULTS/quality_ruler_${context}k.json"
+        done
+    else
+        echo "RULER is left out: it needs pip install lm-eval wonderwords nltk" >&2
+    fi
     run -m hashfast eval grid "${shared[@]}" --signatures "$SIGNATURES" --batch_size 20 --ratios 16 --json "$RESULTS/needle_grid.json"
 }
 

@@ -7,6 +7,9 @@ CASE = {**SIZES, "sparsity": 32, "mode": "default", "encode_us": 5.0, "total_us"
 PEERS = {"dense_best_us": 50.0, "dense_best": "cudnn", "dense_gb_s": 4000.0, "flash_us": 60.0, "flex_us": None}
 MEASURED = {"model": "m", "context": 8192, "selector": "hash", "recipe": "listwise", "bits": 32, "share": "kv", "ratio": 16,
           "budget": 512, "exact": 3, "samples": 4, "bytes_per_token": 4.0, "nll_difference": 0.25}
+DISTANCE = MEASURED | {"kind": "all", "ppl_ratio": 0.99, "ratio_interval": [0.98, 1.01], "kl": 0.0138,
+                       "kl_interval": [0.0121, 0.0155], "agreement": 0.941, "agreement_interval": [0.93, 0.95],
+                       "per_text": {"a": 0.99}}
 ROWS = {  # table: its rows, and cells that must come of them
     "attention": ([CASE | PEERS, CASE | {"mode": "hashattention", "total_us": 33.0}],
                   ["1 x 32K, 1/32", "20.0", "50 (cudnn, 4000 GB/s)", "2.5x", "60", "-", "33.0"]),
@@ -30,6 +33,8 @@ ROWS = {  # table: its rows, and cells that must come of them
     "needles": ([MEASURED | {"task": "uuids"}, MEASURED | {"task": "single", "exact": 4},
                  MEASURED | {"task": "uuids", "selector": "hash_calibrated", "share": "query"}],
                 ["3/4 (+0.25)", "4/4 (+0.25)", "7/8", "4", "hash calibrated (listwise, 32 bit, one per query head)"]),
+    "ruler": ([MEASURED | {"task": task, "value": value} for task, value in (("niah_single_1", 1.0), ("ruler_vt", 0.5))],
+              ["niah_single_1", "vt", "1.000", "0.500", "0.750"]),
     "grid": ([MEASURED | {"depth": depth} for depth in (0, 50)], ["1/16", "6/8"]),
     "ablations": ([{"name": "64 bits", "bytes_per_token": 8.0, "ratio": ratio, "mass_books": 0.5 + ratio / 64,
                     "mass_needles": 0.25} for ratio in (16, 32)], ["64 bits", "8", "0.750", "1.000", "0.250"]),

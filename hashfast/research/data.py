@@ -1,5 +1,6 @@
 """Sequences to train signatures on and to measure them: stretches of books, and synthetic retrieval documents."""
 import glob
+import importlib.util
 import os
 import random
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from hashfast.common import UserError, read_file, text_of
 from hashfast.research.needles import make_needle
+from hashfast.runtime.prompts import read_text
 
 HELD_OUT = 2  # sequences kept out of training, of books and of retrieval documents each
 # common_words is left out: its answer is a count over the whole list, which no selection of tokens finds
@@ -47,6 +49,51 @@ def read_texts(patterns: list[str]) -> dict[str, str]:
         wanted = "give text files in UTF-8 to --data"
         texts[path] = text_of(read_file(path, wanted), path, wanted)
     return texts
+
+
+def named_texts(paths: list[Path]) -> dict[str, str]:
+    """The texts of these files by their names, without suffix."""
+    texts: dict[str, str] = {}
+    for path in paths:
+        if path.stem in texts:
+            raise UserError(f"there are two texts of the name {path.stem}, by which they are told apart; rename one")
+        texts[path.stem] = read_text(path)
+    return texts
+
+
+def package_source(name: str, characters: int) -> str:
+    """The beginning of the .py files of an installed package, or of the standard library's, in the order of their paths."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"package:{name} is no package of this environment; install it, or name another")
+    parts, missing = [], characters
+    for path in sorted(Path(spec.submodule_search_locations[0]).rglob("*.py")):
+        if missing <= 0:
+            break
+        parts.append(path.read_text(encoding="utf-8", errors="replace")[:missing])
+        missing -= len(parts[-1])
+    return "".join(parts)
+
+
+def read_kinds(sources: list[str], characters: int) -> dict[str, dict[str, str]]:
+    """Texts by kind and name, from KIND=GLOB (text files) and KIND=package:NAME (`package_source`); a kind may come again."""
+    kinds: dict[str, dict[str, str]] = {}
+    for source in sources:
+        kind, _, pattern = source.partition("=")
+        if not kind or not pattern or kind == "all":
+            raise UserError(f"--kinds {source} is no KIND=GLOB or KIND=package:NAME; write e.g. novels='books/*.txt'")
+        package = pattern.removeprefix("package:")
+        paths = sorted(glob.glob(pattern, recursive=True))
+        if package != pattern:
+            found = {package: package_source(package, characters)}
+        elif paths:
+            found = named_texts([Path(path) for path in paths])
+        else:
+            raise UserError(f"--kinds {source} names no file; give text files or quoted globs")
+        if twice := [name for texts in kinds.values() for name in texts if name in found]:
+            raise UserError(f"--kinds gives the text {twice[0]} twice; name each once")
+        kinds.setdefault(kind, {}).update(found)
+    return kinds
 
 
 def make_sequences(texts: dict[str, str], encode: Callable[[str], list[int]],

@@ -4,16 +4,17 @@ import functools
 import io
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from hashfast.common import UserError
 from hashfast.model import PrefillSettings, Transformer
+from hashfast.research.data import named_texts
 from hashfast.research.selectors import Method, Observers, make_methods
 from hashfast.runtime.checkpoint import load_model
 from hashfast.runtime.decode import Decoder, pairs_read, prefill
@@ -21,6 +22,8 @@ from hashfast.runtime.prompts import read_text
 from hashfast.runtime.sampling import Sampling
 from hashfast.runtime.signatures import load_signatures, model_outline
 from hashfast.runtime.tokenizer import Tokenizer
+
+COMPARED_AT_ONCE = 64  # tokens whose logits `compare` holds at a time
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,11 @@ class Run:
 class DecodeEvaluator:
     """A model, its caches, and the runs that decode from them: dense, and every method at every ratio."""
 
-    def __init__(self, config: EvalConfig, texts: int, data: Sequence[Path] = ()) -> None:
+    def __init__(self, config: EvalConfig, texts: int, kinds: dict[str, dict[str, str]] | None = None, most: int = 1) -> None:
         """texts: how many there will be; at most config.batch_size of them are in the caches at a time.
 
-        data: those of them that have config.context tokens each, which `whole` then holds. What can be wrong is found before
-        weights are read.
+        kinds: texts by kind and name; `given` then holds their windows, `most` at most of each, with kind and name. What can be
+        wrong is found before weights are read.
         """
         self.config, self.context = config, config.context
         self.batch = min(config.batch_size, texts)
@@ -80,7 +83,8 @@ class DecodeEvaluator:
         self.check_context(config.context)
         self.check_signatures()
         self.tokenizer = Tokenizer.load(config.checkpoint_path)
-        self.whole = self.texts(data)
+        self.given = [(kind, name, ids) for kind, named in (kinds or {}).items()
+                      for name, windows in self.windows(named, most).items() for ids in windows]
         self.model = load_model(config.checkpoint_path, config.device, getattr(torch, config.precision))
         self.attentions = [layer.attention for layer in self.model.layers]
         self.resize(config.context)
@@ -163,14 +167,13 @@ class DecodeEvaluator:
                     if selector is not None:
                         selector.build(attention.cache.k, row, len(ids))
 
-    @torch.inference_mode()
-    def score(self, run: Run, texts: list[Tensor], starts: list[int], last: int) -> tuple[Tensor, Tensor]:
+    def force(self, run: Run, texts: list[Tensor], starts: list[int], last: int) -> Iterator[tuple[Decoder, Tensor]]:
         """Decode the texts whose first `starts` tokens `read` has put into the cache, each step given the true token.
 
         texts: int64 [T] each, on the CPU. They are decoded as one batch and end together: a text with fewer tokens left
         repeats its first step until the others have caught up, writing the same cache row.
-        -> of the last `last` tokens of each text: log-likelihoods float32 [texts, last], and the likeliest tokens in their
-        places int64 [texts, last], on the CPU. Columns before a text's start are undefined.
+        -> after each of the last `last` steps the run's decoder and the tokens that follow, int64 [B]. Rows from len(texts) on
+        repeat the first text; steps before a text's start are undefined.
         """
         decoder, device = self.use(run), self.config.device
         rows = [*range(len(texts)), *[0] * (self.batch - len(texts))]  # a batch that is not full repeats its first text
@@ -180,14 +183,52 @@ class DecodeEvaluator:
         tokens, following = (torch.stack([texts[row][(at[:, i] + ahead).clamp(max=len(texts[row]) - 1)]
                                           for i, row in enumerate(rows)], dim=1).to(device) for ahead in (0, 1))
         at = at.to(device)
-        found, likeliest = [], []
         for i in range(steps):
             decoder.start(tokens[i], at[i])
             decoder.step()
             if i >= steps - last:
-                found.append(likelihood(decoder.logits, following[i]))
-                likeliest.append(decoder.token[:, 0].clone())
+                yield decoder, following[i]
+
+    @torch.inference_mode()
+    def score(self, run: Run, texts: list[Tensor], starts: list[int], last: int) -> tuple[Tensor, Tensor]:
+        """Teacher-forced decoding by `force` -> of the last `last` tokens of each text: log-likelihoods float32
+        [texts, last], and the likeliest tokens in their places int64 [texts, last], on the CPU."""
+        found, likeliest = [], []
+        for decoder, following in self.force(run, texts, starts, last):
+            found.append(likelihood(decoder.logits, following))
+            likeliest.append(decoder.token[:, 0].clone())
         return torch.stack(found, dim=1)[:len(texts)].cpu(), torch.stack(likeliest, dim=1)[:len(texts)].cpu()
+
+    @torch.inference_mode()
+    def hidden(self, run: Run, texts: list[Tensor], starts: list[int], last: int) -> Tensor:
+        """Teacher-forced decoding by `force` -> what the last `last` tokens are predicted from [texts, last, d]: 1/100 of the
+        logits' memory, so that dense's can wait for every other run's."""
+        steps = self.force(run, texts, starts, last)
+        return torch.stack([decoder.hidden[:len(texts), 0].clone() for decoder, _ in steps], dim=1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, d] -> float32 [n, vocab], never rounded to the model's dtype: of logits near 20 bfloat16's rounding alone
+        is a KL of about 0.001."""
+        output, hidden = self.model.output, self.model.norm(hidden)
+        if type(output) is not nn.Linear:  # quantised
+            return output(hidden).float()
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            return torch.mm(hidden, output.weight.mT, out_dtype=torch.float32)
+        return hidden.float() @ output.weight.float().mT
+
+    @torch.inference_mode()
+    def compare(self, dense: Tensor, hidden: Tensor, following: Tensor) -> Tensor:
+        """A run beside dense: what `hidden` gave for both, [texts, last, d], and the true tokens int64 [texts, last]
+        -> float64 [3, texts], means over a text's tokens: the negative log-likelihood and KL(dense || run) over the whole
+        vocabulary, in nats, and the share of tokens whose likeliest token is dense's."""
+        parts = []
+        for rows in zip(*(x.flatten(0, 1).split(COMPARED_AT_ONCE) for x in (dense, hidden, following)), strict=True):
+            full, sparse = (self.logits(x).log_softmax(dim=-1) for x in rows[:2])
+            parts.append(torch.stack([
+                -sparse.gather(-1, rows[2][:, None].to(sparse.device))[:, 0].double(),
+                (full.exp() * (full - sparse)).sum(dim=-1, dtype=torch.float64),
+                (full.argmax(dim=-1) == sparse.argmax(dim=-1)).double()]))
+        return torch.cat(parts, dim=1).unflatten(1, following.shape).mean(dim=2).cpu()
 
     @torch.inference_mode()
     def continue_greedily(self, run: Run, tokens: list[int], lengths: list[int], count: int) -> list[list[int]]:
@@ -215,17 +256,23 @@ class DecodeEvaluator:
                 "ratio": run.ratio, "budget": run.budget, "sink": config.sink, "recent": config.recent,
                 "dense_layers": config.dense_layers, "precision": config.precision, "seed": config.seed, **way}
 
-    def texts(self, paths: Sequence[Path]) -> dict[str, Tensor]:
+    def windows(self, texts: dict[str, str], most: int) -> dict[str, list[Tensor]]:
+        """Of every text, by name, its first windows of `context` tokens, int64 each: disjoint, as many as there are and at most
+        `most`. Where the model has a bos token, each begins with it."""
+        begin = self.tokenizer.encode("")
+        size = self.context - len(begin)
+        windows = {}
+        for name, text in texts.items():
+            ids = self.tokenizer.encode(text, bos=False)
+            if len(ids) < size:
+                raise UserError(f"the text {name} has {len(begin) + len(ids)} tokens, fewer than --context {self.context}; "
+                                "give longer texts")
+            windows[name] = [torch.tensor(begin + ids[i * size:(i + 1) * size]) for i in range(min(most, len(ids) // size))]
+        return windows
+
+    def texts(self, paths: list[Path]) -> dict[str, Tensor]:
         """The first `context` tokens of every text, int64 [context]."""
-        texts: dict[str, Tensor] = {}
-        for path in paths:
-            if path.stem in texts:
-                raise UserError(f"--data has two texts of the name {path.stem}, by which they are told apart; rename one")
-            ids = self.tokenizer.encode(self.read_text(path))[:self.context]
-            if len(ids) < self.context:
-                raise UserError(f"{path} has {len(ids)} tokens, fewer than --context {self.context}; give longer texts")
-            texts[path.stem] = torch.tensor(ids)
-        return texts
+        return {name: windows[0] for name, windows in self.windows(named_texts(paths), 1).items()}
 
 
 def likelihood(logits: Tensor, ids: Tensor) -> Tensor:

@@ -6,10 +6,12 @@ budget is that of the evaluator's context, whatever a prompt's length: one no lo
 
 Texts are encoded and cut to the context, which is HFLM's max_length, as the harness's own HFLM does it (lm_eval 0.4.13).
 """
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import lm_eval
+import numpy
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -47,9 +49,10 @@ class DecodeLM(TemplateLM):
         return self.evaluator.config.checkpoint_path.resolve().name
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        if not add_generation_prompt:
-            raise UserError("this task begins the model's answer itself, which --chat does not support; leave --chat out")
-        return self.evaluator.tokenizer.chat_text(chat_history)
+        chat_text = self.evaluator.tokenizer.chat_text
+        if add_generation_prompt:
+            return chat_text(chat_history)
+        return chat_text(chat_history[:-1]) + chat_history[-1]["content"]  # the task begins the model's answer itself
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
         # a chat template writes bos and the other special tokens out
@@ -152,30 +155,52 @@ class DecodeLM(TemplateLM):
         return text[:min(ends, default=None)], bool(ends) or end < len(tokens) or end == limit
 
 
+def load_tasks(names: list[str], include_path: Path | None, metadata: dict) -> list:
+    """The harness's tasks and groups of these names, loaded once for all runs.
+
+    metadata: what tasks that make their own data are told (RULER: "tokenizer", "max_seq_lengths"). They draw from the global
+    generators, seeded as the harness seeds them.
+    """
+    manager = TaskManager(include_path=None if include_path is None else str(include_path), metadata=metadata)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"the harness knows no task {unknown[0]!r}; give --include_path with its YAML file, or another name")
+    random.seed(0)
+    numpy.random.seed(1234)
+    try:
+        loaded = manager.load(list(names))
+    except ImportError as error:
+        raise UserError(f"the data of {' '.join(names)} need a package that is not installed ({error}); RULER's: pip install "
+                        "wonderwords nltk") from error
+    except OSError as error:  # the harness reads its data from files or from the network
+        raise UserError(f"cannot read the data of {' '.join(names)}: {error}; check the task's files") from error
+    groups = {name: group for name, group in loaded["groups"].items() if name in names}
+    grouped = {child for children in loaded["group_map"].values() for child in children}
+    return [*groups.values(), *(task for name, task in loaded["tasks"].items() if name in names or name not in grouped)]
+
+
 def lm(config: EvalConfig, tasks: list[str], include_path: Path | None = None, limit: int | None = None, tail: int = 64,
-       chat: bool = False) -> Iterator[dict]:
+       chat: bool = False, metadata: dict | None = None) -> Iterator[dict]:
     """One row per run, task and metric (the harness's name, its filter behind a comma).
 
     include_path: a folder with more tasks (YAML). limit: documents per task. tail: last tokens of a prompt that are decoded,
-    not prefilled. chat: wrap prompts in the model's chat template.
+    not prefilled. chat: wrap prompts in the model's chat template. metadata: as for `load_tasks`, beside the tokenizer.
     """
+    wanted = load_tasks(tasks, include_path, {"tokenizer": str(config.checkpoint_path)} | (metadata or {}))
     evaluator = DecodeEvaluator(config, config.batch_size)
     evaluator.prepare()
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    unknown = [name for name in tasks if name not in manager.all_tasks]
-    if unknown:
-        raise UserError(f"the harness knows no task {unknown[0]!r}; give --include_path with its YAML file, or another name")
+    manager = TaskManager(include_defaults=False)  # it has nothing to load
     for run in evaluator.runs:
-        try:
-            results = lm_eval.simple_evaluate(
-                DecodeLM(evaluator, run, tail, chat), tasks=list(tasks), limit=limit, task_manager=manager,
-                apply_chat_template=chat, log_samples=False, bootstrap_iters=0, fewshot_random_seed=config.seed)
-        except OSError as error:  # the harness reads its data from files or from the network
-            raise UserError(f"cannot read the data of {' '.join(tasks)}: {error}; check the task's files") from error
+        results = lm_eval.simple_evaluate(
+            DecodeLM(evaluator, run, tail, chat), tasks=wanted, limit=limit, task_manager=manager,
+            apply_chat_template=chat, log_samples=False, bootstrap_iters=0, fewshot_random_seed=config.seed)
         for task, figures in results["results"].items():
             samples = results["n-samples"].get(task, {}).get("effective")
             for metric, value in figures.items():
-                if isinstance(value, float | int) and "," in metric and "_stderr" not in metric:
-                    print(f"{task:24} {run} {metric:24} {value:.4f} of {samples}", flush=True)
-                    yield {**evaluator.row(run), "task": task, "metric": metric, "value": float(value), "samples": samples,
-                           "tail": tail, "limit": limit, "chat": chat}
+                if not isinstance(value, float | int) or "," not in metric or "_stderr" in metric:
+                    continue
+                if metric.split(",")[0].isdigit() and value == -1:
+                    continue  # RULER's, of a length that has no documents
+                print(f"{task:24} {run} {metric:24} {value:.4f} of {samples}", flush=True)
+                yield {**evaluator.row(run), "task": task, "metric": metric, "value": float(value), "samples": samples,
+                       "tail": tail, "limit": limit, "chat": chat}

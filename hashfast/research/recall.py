@@ -12,7 +12,7 @@ from tqdm import tqdm
 from hashfast.common import UserError
 from hashfast.hash_attention import HashEncoder, select_tokens_reference
 from hashfast.research.budgets import UNIT, curve_units
-from hashfast.research.data import Sequence
+from hashfast.research.data import Sequence, named_texts
 from hashfast.research.evaluator import DecodeEvaluator, EvalConfig, Run
 from hashfast.research.plots import heat_maps
 from hashfast.research.selectors import Method, Selector, dot_products
@@ -149,7 +149,7 @@ def recall(config: EvalConfig, data: list[Path], last: int, top: int, plot: Path
 
     data: text files, of each of which the last `last` of config.context tokens are decoded. plot: a PNG to write.
     """
-    evaluator = DecodeEvaluator(config, len(data), data)
+    evaluator = DecodeEvaluator(config, len(data), {"all": named_texts(data)})
     runs = evaluator.runs[1:]
     if not runs:
         raise UserError("recall needs a --selector besides dense")
@@ -157,7 +157,7 @@ def recall(config: EvalConfig, data: list[Path], last: int, top: int, plot: Path
     probing = Run(Method("probe", probes), 1, config.context,  # not captured: the sums grow step by step
                   Decoder(evaluator.model, evaluator.batch, Sampling(temperature=0), compiled=False))
     start = config.context - last - 1
-    for texts in tqdm(list(evaluator.batches(list(evaluator.whole.values()))), desc="texts", unit="batch", leave=False):
+    for texts in tqdm(list(evaluator.batches([ids for *_, ids in evaluator.given])), desc="texts", unit="batch", leave=False):
         for probe in probes:
             probe.rows = len(texts)
         evaluator.read([ids[:start] for ids in texts])

@@ -156,10 +156,34 @@ def method(row: dict) -> str:
 
 
 def ppl_table(rows: list[dict]) -> str:
-    lines = [[row["model"], method(row), f"{row['budget']} of {row['context']}", fixed(row["ppl_ratio"], 3),
-              f"{min(row['per_text'].values()):.3f} - {max(row['per_text'].values()):.3f}"]
-             for row in rows if row["selector"] != "dense"]
-    return markdown(["model", "chosen by", "tokens read", "perplexity ratio", "lowest and highest text"], lines)
+    """A line per run: its figures over all texts, and KL by kind of text. Older files have the perplexity ratio alone."""
+    rows = [row for row in rows if row["selector"] != "dense"]
+    kinds = list(dict.fromkeys(row["kind"] for row in rows if row.get("kind", "all") != "all"))
+    lines = []
+    for runs in grouped(rows, lambda row: (row["model"], method(row), row["ratio"])):
+        row = runs[0]
+        line = [row["model"], method(row), f"{row['budget']} of {row['context']}"]
+        if "kl" in row:
+            by_kind = [pick(runs, kind=kind).get("kl") for kind in kinds] if len(kinds) > 1 else []
+            line += [f"{row['bytes_per_token']:g}", *(ranged(row, *figure) for figure in DISTANCES),
+                     *(fixed(kl, 4) for kl in by_kind)]
+        else:
+            line += [fixed(row["ppl_ratio"], 3), f"{min(row['per_text'].values()):.3f} - {max(row['per_text'].values()):.3f}"]
+        lines.append(line)
+    figures = ["perplexity ratio", "lowest and highest text"]
+    if "kl" in rows[0]:
+        figures = ["bytes", "KL to dense, nats", "same argmax", "perplexity ratio",
+                   *(f"KL, {kind}" for kind in kinds if len(kinds) > 1)]
+    return markdown(["model", "chosen by", "tokens read", *figures], lines)
+
+
+DISTANCES = (("kl", 4), ("agreement", 3), ("ppl_ratio", 3))  # what tells a run from dense, with digits
+
+
+def ranged(row: dict, name: str, digits: int) -> str:
+    """A figure of a row with its interval."""
+    low, high = row[f"{name.removeprefix('ppl_')}_interval"]
+    return f"{row[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def answers(rows: list[dict]) -> str:
@@ -177,6 +201,14 @@ def needles_table(rows: list[dict]) -> str:
                 for own in ([row for row in runs if row["task"] == task] for task in tasks)), answers(runs)]
              for runs in by_run(rows)]
     return markdown(["chosen by", "tokens read", "bytes", *(task.replace("_", " ") for task in tasks), "all"], lines)
+
+
+def ruler_table(rows: list[dict]) -> str:
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lines = [[method(runs[0]), f"{runs[0]['budget']} of {runs[0]['context']}",
+              *(fixed(pick(runs, task=task).get("value"), 3) for task in tasks),
+              fixed(sum(row["value"] for row in runs) / len(runs), 3)] for runs in by_run(rows)]
+    return markdown(["chosen by", "tokens read", *(task.removeprefix("ruler_") for task in tasks), "mean"], lines)
 
 
 def grid_table(rows: list[dict]) -> str:
@@ -228,6 +260,9 @@ def summary_lines(name: str, rows: list[dict]) -> Iterable[list[str]]:
                        *(", ".join(answers([row for row in found if task in (row["task"], "all")])
                                    for task in ("single", "multi_key", "all"))
                          for found in ([row for row in rows if row["selector"] == "dense"], own)), "-", "-"]
+            elif "kl" in own[0]:
+                yield [f"KL to dense, same argmax, perplexity ratio, {what}", "0, 1, 1",
+                       ", ".join(fixed(own[0][figure], digits) for figure, digits in DISTANCES), "-", "-"]
             else:
                 yield [f"perplexity, {what}", "1", f"{own[0]['ppl_ratio']:.3f}", "-", "-"]
 
@@ -304,6 +339,7 @@ TABLES = {
     "parity": Table("parity*.json", parity_table),
     "ppl": Table("quality_ppl*.json", ppl_table),
     "needles": Table("quality_needles*.json", needles_table),
+    "ruler": Table("quality_ruler*.json", ruler_table),
     "grid": Table("needle_grid*.json", grid_table),
     "ablations": Table("ablations*.json", ablations_table),
     "quickstart": Table("quickstart*.json", quickstart_table),

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from hashfast.common import UserError
-from hashfast.hash_attention import HashConfig, HashEncoder, select_tokens
+from hashfast.hash_attention import HashConfig, HashEncoder, select_tokens, sparse_attention
 from hashfast.model import Transformer
 from hashfast.research.budgets import budgets_for
 from hashfast.runtime.signatures import load_signatures, random_encoders
 
-PAGE = 16  # tokens per page of Quest
+PAGE = 16  # tokens per page of Quest, and per cluster of Multipole
+CODE_BITS, TABLES = 8, 150  # of MagicPIG: K and L; its default of 10 bits draws too few tokens for 1/16
+KMEANS_STEPS = 10  # of Multipole's clusters
+ROWS_AT_ONCE = 128  # queries of a prompt whose attention H2O holds at a time
 
 
 def top_tokens(scores: Tensor, seq_lens: Tensor, budget: int, sink: int, recent: int) -> Tensor:
@@ -77,6 +80,10 @@ class Selector(nn.Module):
     def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
         """Float32 [B, Hs, S]; what stands at and past seq_lens does not count."""
         raise NotImplementedError
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor) -> Tensor:
+        """Attention of the step over what is selected, v like k -> [B, Hq, D]. For methods whose weights are not softmax's."""
+        return sparse_attention(q, k, v, self(q, k, seq_lens))[0]
 
 
 class Observers(Selector):
@@ -249,6 +256,207 @@ class DoubleSparsity(Selector):
         return dot_products(q.gather(-1, channels), self.labels).flatten(1, 2)
 
 
+class H2O(Selector):
+    """Eviction: of the tokens that are not recent, those of the most attention so far stay; what is evicted never comes back
+    (H2O, arXiv 2306.14048, algorithm 1).
+
+    Each KV head evicts by the sum over its query heads. The whole prompt is read densely and evicted from at its end, where
+    the paper evicts as it reads; budget and recent are those of all selectors, where the paper halves its budget between the
+    two. A sequence that goes back to a position it has passed starts again from the prompt.
+    """
+
+    def __init__(self, sink: int, recent: int, k: Tensor) -> None:
+        super().__init__(sink, recent)
+        self.keys = k  # the cache, which prompts observed in parts attend to
+        self.bytes_per_token = 4.0  # the accumulated weight, of the tokens that are left alone
+        for name, fill in (("prompt", 0.0), ("total", 0.0), ("kept", True)):
+            self.register_buffer(name, torch.full(k.shape[:3], fill, device=k.device), persistent=False)
+        self.register_buffer("newest", torch.full(k.shape[:1], -1, device=k.device), persistent=False)
+        self.states: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by budget, each with evictions of its own
+
+    def set_budget(self, budget: int, context: int) -> None:
+        self.budget = budget
+        if budget not in self.states:
+            self.states[budget] = self.total.clone(), self.kept.clone(), torch.full_like(self.newest, self.total.shape[2])
+        self.total, self.kept, self.newest = self.states[budget]
+
+    def observe(self, q: Tensor, k: Tensor, row: int, start: int) -> None:
+        if start == 0:
+            self.prompt[row] = 0
+        end = start + k.shape[2]
+        keys = torch.cat((self.keys[row:row + 1, :, :start], k), dim=2)
+        position = torch.arange(end, device=k.device)
+        for at, part in zip(position[start:].split(ROWS_AT_ONCE), q[0].split(ROWS_AT_ONCE), strict=True):
+            queries = part.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)  # [Hkv, G, n, D]
+            logits = dot_products(queries.flatten(0, 2)[None], keys).unflatten(2, queries.shape[1:3]) * q.shape[-1] ** -0.5
+            weights = logits.masked_fill_(position > at[:, None], float("-inf")).softmax(dim=-1)  # [1, Hkv, G, n, end]
+            self.prompt[row, :, :end] += weights[0].sum(dim=(1, 2))
+
+    def build(self, k: Tensor, row: int, length: int) -> None:
+        for newest in (self.newest, *(newest for *_, newest in self.states.values())):
+            newest[row] = k.shape[2]  # the first step starts from the prompt
+
+    def forward(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        newest, position = seq_lens.long() - 1, torch.arange(k.shape[2], device=k.device)
+        again = (newest <= self.newest)[:, None, None]
+        total = torch.where(again, self.prompt, self.total)
+        kept = again | self.kept | (position >= newest[:, None, None])
+        indices = top_tokens(total.masked_fill(~kept, float("-inf")), seq_lens, self.budget, self.sink, self.recent)
+        kept = chosen_mask(indices, k.shape[2])
+        logits = dot_products(q, k) * q.shape[-1] ** -0.5
+        weights = logits.masked_fill(~kept[:, :, None], float("-inf")).softmax(dim=-1)
+        self.total.copy_(total + weights.sum(dim=2))
+        self.kept.copy_(kept)
+        self.newest.copy_(newest)
+        return indices
+
+
+class MagicPIG(Selector):
+    """A sample of the tokens instead of the best: LSH tables draw each with a known probability, by which its weight is divided
+    (MagicPIG, arXiv 2410.16179, section 4).
+
+    A token is drawn that shares its code of `CODE_BITS` sign bits with the query in at least two tables; keys are centred by
+    the prompt's mean. Each query head draws alone. The paper fixes the number of tables, and the budget follows; here the
+    budget is fixed, and as many of the `TABLES` tables are used as fill it. What the tables leave of it is not attended to.
+    All codes are compared, not looked up in hash tables on the CPU.
+    """
+    share = "query"
+
+    def __init__(self, sink: int, recent: int, k: Tensor, seed: int = 0) -> None:
+        super().__init__(sink, recent)
+        self.bytes_per_token = TABLES * CODE_BITS / 8
+        generator = torch.Generator().manual_seed(seed)
+        planes = torch.randn(k.shape[-1], TABLES * CODE_BITS, generator=generator)
+        self.register_buffer("planes", planes.to(k.device), persistent=False)
+        self.register_buffer("mean", torch.zeros(k.shape[0], k.shape[1], 1, k.shape[3], device=k.device), persistent=False)
+        self.register_buffer("codes", torch.zeros(*k.shape[:3], TABLES, dtype=torch.uint8, device=k.device), persistent=False)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """[..., D] -> uint8 [..., TABLES]"""
+        bits = (x.float() @ self.planes > 0).to(torch.uint8).unflatten(-1, (TABLES, CODE_BITS))
+        return (bits << torch.arange(CODE_BITS, dtype=torch.uint8, device=x.device)).sum(dim=-1, dtype=torch.uint8)
+
+    def build(self, k: Tensor, row: int, length: int) -> None:
+        keys = k[row, :, :length].float()
+        self.mean[row] = keys.mean(dim=1, keepdim=True)
+        self.codes[row, :, :length] = self.encode(keys - self.mean[row])
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        """Tables left once a token has been met in two, times S, less its position: no two are equal. Under 1: in fewer."""
+        batch, newest = torch.arange(len(q), device=q.device), seq_lens.long() - 1
+        self.codes[batch, :, newest] = self.encode(k[batch, :, newest].float() - self.mean[:, :, 0])
+        query = self.encode(q).unflatten(1, (k.shape[1], -1))  # [B, Hkv, G, TABLES]
+        left = TABLES - torch.arange(TABLES, dtype=torch.int16, device=q.device)  # Inductor counts down wrongly in uint8
+        left = (self.codes[:, :, None] == query[:, :, :, None]) * left  # [B, Hkv, G, S, TABLES]
+        left = left.masked_fill(left == left.amax(dim=-1, keepdim=True), 0).amax(dim=-1)  # of the second table
+        return left.flatten(1, 2).float() * k.shape[2] - torch.arange(k.shape[2], device=k.device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor) -> Tensor:
+        scores, length = self.scores(q, k, seq_lens), seq_lens[:, None, None]
+        indices = top_tokens(scores, seq_lens, self.budget, self.sink, self.recent)
+        group = q.shape[1] // k.shape[1]
+        row = indices.clamp(min=0).long()
+        keys, values = (x.repeat_interleave(group, dim=1).gather(2, row[..., None].expand(-1, -1, -1, x.shape[3])).float()
+                        for x in (k, v))  # [B, Hq, K, D]
+        left = (scores.gather(-1, row) / k.shape[2]).ceil()  # of TABLES, after a token's second
+        drawn = (indices >= self.sink) & (indices < length - self.recent)
+        used = TABLES + 1 - left.masked_fill(~drawn, TABLES).amin(dim=-1, keepdim=True).clamp(min=1)
+        q = q[:, :, None].float()
+        centred = keys - self.mean.repeat_interleave(group, dim=1)
+        cosine = (q * centred).sum(dim=-1) / (q.norm(dim=-1) * centred.norm(dim=-1)).clamp(min=1e-20)
+        meet = (1 - cosine.clamp(-1, 1).acos() / torch.pi) ** CODE_BITS  # the probability of one table
+        twice = 1 - (1 - meet) ** used - used * meet * (1 - meet) ** (used - 1)
+        logits = (q * keys).sum(dim=-1) * q.shape[-1] ** -0.5
+        exact = ~drawn | (length <= self.budget)
+        logits = torch.where(exact, logits, logits - twice.clamp(min=1e-9).log())
+        logits = logits.masked_fill((indices < 0) | ~exact & (left < 1), float("-inf"))
+        return (logits.softmax(dim=-1)[:, :, None] @ values)[:, :, 0].to(v.dtype)
+
+
+class Multipole(Selector):
+    """Clusters of keys, ranked by q.centroid: the tokens of the best are attended to, all others as their cluster's centroid
+    and mean value, which count as often as they stand for a token (Multipole Attention, arXiv 2506.13059).
+
+    One k-means of the prompt by Euclidean distance, 16 tokens a cluster, from evenly spaced keys; a KV head ranks by the sum of
+    its query heads' weights. Left out: the hierarchy of centroids, and new centroids in generation (a token joins the nearest).
+    The last cluster is cut where the budget ends.
+    """
+
+    def __init__(self, sink: int, recent: int, k: Tensor, v: Tensor) -> None:
+        super().__init__(sink, recent)
+        self.values = v  # the cache
+        self.bytes_per_token = 2 * 2 * k.shape[-1] / PAGE
+        shape = (*k.shape[:2], -(-k.shape[2] // PAGE), k.shape[3])
+        self.register_buffer("centroids", torch.zeros(shape, device=k.device), persistent=False)
+        self.register_buffer("means", torch.zeros(shape, device=k.device), persistent=False)  # of values
+        self.register_buffer("cluster", torch.zeros(k.shape[:3], dtype=torch.int64, device=k.device), persistent=False)
+
+    def build(self, k: Tensor, row: int, length: int) -> None:
+        count = -(-length // PAGE)
+        keys, values = k[row, :, :length].float(), self.values[row, :, :length].float()  # [Hkv, length, D]
+        centroids = keys[:, (torch.arange(count, device=k.device) + 0.5).mul(length / count).long()]
+        for _ in range(KMEANS_STEPS):
+            cluster = nearest(keys, centroids)
+            centroids = cluster_means(keys, cluster, centroids)
+        cluster = nearest(keys, centroids)
+        self.cluster[row, :, :length] = cluster
+        self.centroids[row] = float("inf")  # where a cluster is empty, nearest to nothing
+        self.centroids[row, :, :count] = cluster_means(keys, cluster, torch.full_like(centroids, float("inf")))
+        self.means[row, :, :count] = cluster_means(values, cluster, torch.zeros_like(centroids))
+
+    def logits(self, q: Tensor, k: Tensor) -> Tensor:
+        """Of a token of each cluster, by its centroid: float32 [B, Hkv, G, C]."""
+        return dot_products(q.float(), self.centroids.masked_fill(self.centroids.isinf(), 0)) * q.shape[-1] ** -0.5
+
+    def sizes(self, counted: Tensor) -> Tensor:
+        """How many tokens of each cluster are `counted` bool [B, Hkv, S] -> float32 [B, Hkv, C]."""
+        sizes = torch.zeros(self.centroids.shape[:3], device=counted.device)
+        return sizes.scatter_add(2, self.cluster, counted.float())
+
+    def scores(self, q: Tensor, k: Tensor, seq_lens: Tensor) -> Tensor:
+        batch, newest = torch.arange(len(q), device=q.device), seq_lens.long() - 1
+        key = k[batch, :, newest].float()[:, :, None]
+        self.cluster[batch, :, newest] = nearest(key.flatten(0, 1), self.centroids.flatten(0, 1)).view(key.shape[:2])
+        logits, sizes = self.logits(q, k), self.sizes(within(seq_lens, k).expand_as(self.cluster))
+        weights = (logits - (logits + sizes.log()[:, :, None]).logsumexp(dim=-1, keepdim=True)).exp()
+        return weights.sum(dim=2).gather(-1, self.cluster)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor) -> Tensor:
+        indices = self(q, k, seq_lens)
+        near, lse = (x.float().unflatten(1, (k.shape[1], -1)) for x in sparse_attention(q, k, v, indices))
+        sizes = self.sizes(within(seq_lens, k) & ~chosen_mask(indices, k.shape[2]))
+        far = self.logits(q, k) + sizes.log()[:, :, None]
+        total = torch.logaddexp(lse, far.logsumexp(dim=-1))[..., None]
+        out = near * (lse[..., None] - total).exp() + (far - total).exp() @ self.means
+        return out.flatten(1, 2).to(v.dtype)
+
+
+def within(seq_lens: Tensor, k: Tensor) -> Tensor:
+    """Whether a row of the cache is filled: bool [B, 1, S]."""
+    return torch.arange(k.shape[2], device=k.device) < seq_lens[:, None, None]
+
+
+def nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    """The centroid of the least distance. x [N, T, D], centroids [N, C, D] -> int64 [N, T]."""
+    size = centroids.square().sum(dim=-1)[:, None]
+    products = x @ centroids.masked_fill(centroids.isinf(), 0).mT
+    return (size - 2 * products).argmin(dim=-1)
+
+
+def cluster_means(x: Tensor, cluster: Tensor, otherwise: Tensor) -> Tensor:
+    """The mean of each cluster's x [N, T, D], cluster int64 [N, T]; of an empty one `otherwise` [N, C, D]."""
+    totals = torch.zeros_like(otherwise).scatter_add_(1, cluster[..., None].expand_as(x), x)
+    sizes = torch.zeros_like(otherwise[..., 0]).scatter_add_(1, cluster, torch.ones_like(x[..., 0]))[..., None]
+    return torch.where(sizes > 0, totals / sizes.clamp(min=1), otherwise)
+
+
+def chosen_mask(indices: Tensor, length: int) -> Tensor:
+    """int32 [B, Hs, K], -1 for none -> bool [B, Hs, length]."""
+    mask = torch.zeros(*indices.shape[:2], length + 1, dtype=torch.bool, device=indices.device)
+    indices = indices.long()
+    return mask.scatter(-1, indices.masked_fill(indices < 0, length), True)[..., :-1]
+
+
 class Random(Selector):
     """Tokens drawn by seed, anew at every step: what a budget is worth without a choice."""
 
@@ -300,7 +508,7 @@ def make_methods(names: list[str], model: Transformer, sink: int, recent: int, s
     dense = [None] * min(dense_layers, len(caches))
     fingerprint = model.fingerprint()
     plain = {"oracle": Oracle, "oracle_group": OracleGroup, "oracle_max": OracleMax, "quest": Quest,
-             "double_sparsity": DoubleSparsity}
+             "double_sparsity": DoubleSparsity, "h2o": H2O}
     methods = []
 
     @functools.cache
@@ -333,6 +541,10 @@ def make_methods(names: list[str], model: Transformer, sink: int, recent: int, s
             add(name, layers, "random", encoders[0].config)
         elif name == "streaming":
             add(name, [Streaming(sink, recent) for _ in caches])
+        elif name == "multipole":
+            add(name, [Multipole(sink, recent, layer.attention.cache.k, layer.attention.cache.v) for layer in model.layers])
+        elif name == "magicpig":
+            add(name, [MagicPIG(sink, recent, k, seed * len(caches) + i) for i, k in enumerate(caches)])
         elif name == "random":
             add(name, [Random(sink, recent, seed * len(caches) + i) for i in range(len(caches))])
         else:

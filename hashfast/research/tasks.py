@@ -18,6 +18,7 @@ from hashfast.common import UserError
 from hashfast.research.evaluator import DecodeEvaluator, EvalConfig, Run
 from hashfast.research.needles import Needle, make_needle
 from hashfast.research.plots import heat_maps
+from hashfast.research.report import ranged
 from hashfast.runtime.tokenizer import Tokenizer
 
 SLACK = 32  # tokens of a context left free: documents are measured without what the chat template adds between their parts
@@ -26,32 +27,54 @@ EXTRA = 8  # tokens that a greedy answer may be longer than the true one
 
 # ------------------------------------------------------------------------------------------------------------ perplexity
 
-def ppl(config: EvalConfig, data: list[Path], last: int) -> Iterator[dict]:
-    """Rows of results/quality_ppl*.json: the perplexity ratio to dense of each run over all texts, and text by text.
+def ppl(config: EvalConfig, kinds: dict[str, dict[str, str]], last: int, most: int = 1) -> Iterator[dict]:
+    """Rows of results/quality_ppl*.json: how far each run is from dense, by kind of text; of several kinds "all" of them first.
 
-    data: text files, of each of which the last `last` of config.context tokens are scored.
+    kinds: texts by kind and name. Of at most `most` windows of config.context tokens of each, the last `last` are scored.
+    Beside the perplexity and its ratio to dense: `kl`, KL(dense || run) over the whole vocabulary, mean per token in nats, and
+    `agreement`, the share of tokens whose likeliest token is dense's. `*_interval`: 95 % bootstrap over the windows that dense
+    and the run share. A ratio below 1 is no gain: attending to fewer tokens sharpens attention.
     """
-    evaluator = DecodeEvaluator(config, len(data), data)
-    texts = evaluator.whole
+    evaluator = DecodeEvaluator(config, most * sum(map(len, kinds.values())), kinds, most)
+    windows = evaluator.given
     evaluator.prepare()
     start = config.context - last - 1
-    found: list[dict[str, float]] = [{} for _ in evaluator.runs]  # mean log-likelihoods
-    for names in tqdm(list(evaluator.batches(list(texts))), desc="texts", unit="batch", leave=False):
-        ids = [texts[name] for name in names]
-        evaluator.read([text[:start] for text in ids])
-        for run, means in zip(evaluator.runs, found, strict=True):
-            scores, _ = evaluator.score(run, ids, [start] * len(ids), last)
-            means |= zip(names, scores.mean(dim=1).tolist(), strict=True)
-    dense = found[0]
-    for run, means in zip(evaluator.runs, found, strict=True):
-        lost = {name: dense[name] - means[name] for name in texts}
-        row = {**evaluator.row(run), "last": last, "ppl": math.exp(-sum(means.values()) / len(texts)),
-               "ppl_ratio": math.exp(sum(lost.values()) / len(texts)),
-               "per_text": {name: math.exp(loss) for name, loss in lost.items()}}
-        spread = " ".join(f"{value:.4f}" for value in row["per_text"].values())
-        print(f"{run} budget {run.budget:5}  perplexity {row['ppl']:8.3f}  ratio {row['ppl_ratio']:.4f}  ({spread})",
-              flush=True)
-        yield row
+    parts: list[list[Tensor]] = [[] for _ in evaluator.runs]
+    for batch in tqdm(list(evaluator.batches([ids for *_, ids in windows])), desc="texts", unit="batch", leave=False):
+        starts, following = [start] * len(batch), torch.stack([ids[-last:] for ids in batch])
+        evaluator.read([ids[:start] for ids in batch])
+        dense = None
+        for run, part in zip(evaluator.runs, parts, strict=True):
+            hidden = evaluator.hidden(run, batch, starts, last)
+            dense = hidden if dense is None else dense  # the first run
+            part.append(evaluator.compare(dense, hidden, following))
+    figures = [torch.cat(part, dim=1) for part in parts]  # [3, windows] of each run
+    for kind in ["all", *kinds] if len(kinds) > 1 else kinds:
+        own = torch.tensor([kind in (of, "all") for of, *_ in windows])
+        names = [name for of, name, _ in windows if kind in (of, "all")]
+        for run, figure in zip(evaluator.runs, figures, strict=True):
+            row = {**evaluator.row(run), "kind": kind, "last": last, "windows": len(names),
+                   **distance(figure[:, own], figures[0][0, own], names, config.seed)}
+            print(f"{kind:9} {run} budget {run.budget:5}  KL {ranged(row, 'kl', 4)}  agreement {ranged(row, 'agreement', 3)}  "
+                  f"perplexity {row['ppl']:8.3f}  ratio {ranged(row, 'ppl_ratio', 4)}", flush=True)
+            yield row
+
+
+def distance(figure: Tensor, dense: Tensor, names: list[str], seed: int) -> dict:
+    """The figures of a row, over n windows of the texts `names`. figure float64 [3, n] as `DecodeEvaluator.compare` gives it,
+    dense [n]: its negative log-likelihoods."""
+    nll, kl, agreement = figure
+    lost = nll - dense
+    values = {"ppl_ratio": lost.exp(), "kl": kl, "agreement": agreement}
+    places = {name: torch.tensor([name == other for other in names]) for name in dict.fromkeys(names)}
+    return {
+        "ppl": nll.mean().exp().item(),
+        "ppl_ratio": lost.mean().exp().item(), "ratio_interval": [math.exp(end) for end in paired_interval(lost, seed)],
+        "kl": kl.mean().item(), "kl_interval": paired_interval(kl, seed),
+        "agreement": agreement.mean().item(), "agreement_interval": paired_interval(agreement, seed),
+        "per_text": {name: lost[own].mean().exp().item() for name, own in places.items()},
+        "per_window": {name: {key: [round(x, 7) for x in value[own].tolist()] for key, value in values.items()}
+                       for name, own in places.items()}}
 
 
 # --------------------------------------------------------------------------------------------------------------- needles
@@ -153,7 +176,7 @@ def paired_interval(differences: Tensor, seed: int) -> list[float]:
     """A 95 % bootstrap interval of the mean of paired differences [n]."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(differences), (10_000, len(differences)), generator=generator)
-    return differences[drawn].mean(dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return differences[drawn].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=differences.dtype)).tolist()
 
 
 def score_rows(evaluator: DecodeEvaluator, results: list[list[tuple[bool, float]]], **about: object) -> Iterator[dict]:

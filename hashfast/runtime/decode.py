@@ -44,7 +44,7 @@ class Decoder:
     seq_lens int32 [B]: tokens in the cache; a step adds one, `active` ones that is.
     active int32 [B]: 0 once a sequence has read one of `stop_ids`: its token and length then stay as they are, and a step
         writes the K and V of its end token again, in the same place.
-    logits [B, vocab]: what the last step computed.
+    logits [B, vocab]: what the last step computed; hidden [B, 1, d]: from what, before the last norm.
     """
 
     def __init__(self, model: Transformer, batch: int, sampling: Sampling, compiled: bool,
@@ -78,7 +78,7 @@ class Decoder:
         x, cos, sin = self.stem(self.token, self.seq_lens, self.active)
         for layer in self.model.layers:
             x = self.block(layer, x, cos, sin, self.seq_lens)
-        self.logits = self.head(x, self.token, self.active)
+        self.hidden, self.logits = x, self.head(x, self.token, self.active)
 
     @torch.inference_mode()
     def prepare(self) -> float:

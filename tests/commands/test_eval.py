@@ -41,7 +41,8 @@ def test_rows_are_written(subcommand: str, flags: tuple, rows: list[tuple], run,
 
 @pytest.mark.parametrize("arguments, message", [
     (["ppl", "--context", "100000"], "--context 100000"), (["ppl", "--ratios", "0"], "--ratios 0"),
-    (["ppl", "--last", "160"], "--last 160"),
+    (["ppl", "--last", "160"], "--last 160"), (["ppl", "--windows", "0"], "--windows 0"),
+    (["ppl", "--kinds", "code=package:json"], "not allowed with argument --data"),
     (["recall", "--selector", "dense", "--ratios", "8"], "besides dense"), (["needles", "--samples", "0"], "--samples 0"),
     (["ppl", "--selector", "magic"], "magic"),
     (["ppl", "--last", "2", "--context", "8"], "are more than --context 8"), (["ppl", "--batch_size", "0"], "--batch_size 0"),

@@ -1,11 +1,12 @@
 """Training sequences: stretches that do not overlap, files that cannot be read."""
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from hashfast.common import UserError
-from hashfast.research.data import DataConfig, book_sequences, make_sequences, read_texts
+from hashfast.research.data import DataConfig, book_sequences, make_sequences, read_kinds, read_texts
 
 
 def test_some_of_each_kind_are_held_out() -> None:
@@ -40,3 +41,27 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="a.txt: not UTF-8 at byte 0"):
         read_texts([str(tmp_path / "a.txt")])
+
+
+def test_texts_of_kinds(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "p.txt"):
+        (tmp_path / name).write_text(name)
+    code = ["code=package:json", "code=package:email"]
+    kinds = read_kinds([f"novels={tmp_path}/[ab].txt", f"plays={tmp_path}/p.txt", *code], 9000)
+    assert kinds["novels"] == {"a": "a.txt", "b": "b.txt"} and kinds["plays"] == {"p": "p.txt"}
+    assert [*kinds] == ["novels", "plays", "code"] and [*kinds["code"]] == ["json", "email"]
+    files = sorted(Path(json.__path__[0]).rglob("*.py"))
+    assert kinds["code"]["json"] == "".join(path.read_text() for path in files)[:9000] and len(files) > 2
+
+
+@pytest.mark.parametrize("source, words", [
+    ("novels", "is no KIND=GLOB"), ("all=a.txt", "is no KIND=GLOB"), ("x=no such*", "names no file"),
+    ("x=package:no_such", "package:no_such is no package"), ("x=package:glob", "package:glob is no package")])
+def test_kinds_that_give_nothing(source: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        read_kinds([source], 100)
+
+
+def test_a_text_of_two_kinds() -> None:
+    with pytest.raises(UserError, match="the text json twice"):
+        read_kinds(["code=package:json", "other=package:json"], 100)

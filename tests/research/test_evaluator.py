@@ -8,6 +8,7 @@ from eval_inputs import CONTEXT, RECENT, SINK, config, make_files
 from hashfast.common import UserError
 from hashfast.model import PrefillSettings, SparseSettings
 from hashfast.names import SELECTORS
+from hashfast.research import evaluator as evaluator_module
 from hashfast.research.evaluator import DecodeEvaluator
 from hashfast.runtime.decode import prefill
 
@@ -119,6 +120,38 @@ def test_one_prefill_serves_all_runs_in_any_order(files: dict[str, Path]) -> Non
         assert torch.equal(evaluator.score(run, texts, starts, 3)[0], scores), run
 
 
+def test_kl_and_agreement_are_those_of_the_steps_logits(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator_module, "COMPARED_AT_ONCE", 4)  # chunks that end within a text
+    evaluator = DecodeEvaluator(config(files, selectors=("streaming",), ratios=(8,)), 3)
+    evaluator.prepare()
+    texts = [torch.arange(i, i + 60) * (i + 3) % 250 for i in range(2)]
+    evaluator.read([ids[:52] for ids in texts])
+    logs = [torch.stack([decoder.logits[:2].double().log_softmax(-1) for decoder, _ in
+                         evaluator.force(run, texts, [52, 52], 6)], dim=1) for run in evaluator.runs]  # [2, 6, vocab]
+    hidden = [evaluator.hidden(run, texts, [52, 52], 6) for run in evaluator.runs]
+    following = torch.stack([ids[-6:] for ids in texts])
+    nll, kl, agreement = evaluator.compare(*hidden, following)
+    wanted = [evaluator.score(run, texts, [52, 52], 6)[0].double() for run in evaluator.runs]
+    torch.testing.assert_close(nll, -wanted[1].mean(dim=1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(kl, (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean(-1), rtol=1e-4, atol=1e-6)
+    assert torch.equal(agreement, (logs[0].argmax(-1) == logs[1].argmax(-1)).double().mean(-1)) and kl.min() > 1e-3
+    nll, kl, agreement = evaluator.compare(hidden[0], hidden[0], following)
+    torch.testing.assert_close(nll, -wanted[0].mean(dim=1), rtol=0, atol=1e-5)
+    assert not kl.any() and (agreement == 1).all()
+
+
+def test_windows_are_disjoint_and_begin_with_bos(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = DecodeEvaluator(config(files, selectors=("dense",)), 1)
+    text = "".join(chr(33 + i % 90) for i in range(3 * CONTEXT - 1))
+    windows = evaluator.windows({"a": text}, 4)["a"]
+    assert len(windows) == 2 and torch.cat(windows).tolist() == evaluator.tokenizer.encode(text)[:2 * CONTEXT]
+    assert len(evaluator.windows({"a": text}, 1)["a"]) == 1
+    monkeypatch.setattr(evaluator.tokenizer, "_bos", [256])
+    windows = evaluator.windows({"a": text}, 4)["a"]
+    assert [(len(ids), int(ids[0])) for ids in windows] == [(CONTEXT, 256)] * 3
+    assert torch.cat([ids[1:] for ids in windows]).tolist() == evaluator.tokenizer.encode(text, bos=False)[:3 * CONTEXT - 3]
+
+
 def test_greedy_answers_stop_at_the_caches_end(files: dict[str, Path]) -> None:
     evaluator = DecodeEvaluator(config(files, selectors=("dense",)), 2)
     evaluator.prepare()
@@ -142,5 +175,5 @@ def test_texts_of_one_name(files: dict[str, Path]) -> None:
 def test_short_text(files: dict[str, Path]) -> None:
     short = files["text"].with_name("short.txt")
     short.write_text("Too short.")
-    with pytest.raises(UserError, match=f"fewer than --context {CONTEXT}"):
+    with pytest.raises(UserError, match=f"text short has 10 tokens, fewer than --context {CONTEXT}"):
         DecodeEvaluator(config(files, selectors=("dense",)), 1).texts([short])

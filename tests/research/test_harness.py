@@ -1,5 +1,6 @@
 """lm-evaluation-harness over the decode step: scores are the model's own, answers end where they should, tasks run offline."""
 import functools
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import tqdm
 
 from hashfast.commands import eval
 from hashfast.common import UserError
@@ -172,8 +174,8 @@ def test_chat_text_is_encoded_as_the_chat(evaluator: DecodeEvaluator) -> None:
     chat = DecodeLM(evaluator, evaluator.runs[0], 5, chat=True)
     messages = [{"role": "user", "content": "Hello"}]
     assert chat.tok_encode(chat.apply_chat_template(messages)) == evaluator.tokenizer.encode_chat(messages)
-    with pytest.raises(UserError, match="--chat"):
-        chat.apply_chat_template(messages, add_generation_prompt=False)
+    begun = [*messages, {"role": "assistant", "content": "The answer is"}]  # by the task
+    assert chat.apply_chat_template(begun, add_generation_prompt=False) == chat.apply_chat_template(messages) + "The answer is"
 
 
 def write_task(folder: Path, name: str, rows: list[dict], **fields: object) -> None:
@@ -212,3 +214,44 @@ def test_without_the_harness(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", ["hashfast eval", "lm", "--checkpoint_path", str(tiny_checkpoint), "--tasks", "local"])
     with pytest.raises(UserError, match="pip install lm-eval"):
         eval.main()
+
+
+RULER = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
+
+
+def ruler(checkpoint: Path, folder: Path, *tasks: str) -> list[dict]:
+    """Rows of a dense run and a sparse one over two documents of each task. Its tokens are words, of which it makes 4,096."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"x": 0}, unk_token="x"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="x").save_pretrained(folder)
+    given = EvalConfig(checkpoint, 256, ("oracle",), ratios=(16,), sink=2, recent=4, batch_size=2)
+    return list(lm(given, [*tasks], Path(harness.lm_eval.__file__).parent / "tasks" / "ruler", limit=2,
+                   metadata={"max_seq_lengths": [4096], "tokenizer": str(folder)}))
+
+
+def test_ruler_makes_its_documents_offline(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                           own_tasks_alone: None) -> None:
+    """With a list of words in place of wonderwords', and 2 documents of 500."""
+    nltk = pytest.importorskip("nltk")
+    kinds = {kind: [f"{kind}{i}" for i in range(count)] for kind, count in (("noun", 900), ("verb", 9), ("adjective", 9))}
+    kinds |= {f"{kind}s": words for kind, words in kinds.items()}
+    words = SimpleNamespace(_categories=kinds)
+    monkeypatch.setitem(sys.modules, "wonderwords", SimpleNamespace(RandomWord=lambda: words))
+    monkeypatch.setattr(nltk, "download", lambda *_: False)  # for tasks that read essays
+    monkeypatch.setattr(tqdm, "tqdm", lambda things, **_: itertools.islice(things, 2))
+    rows = ruler(tiny_checkpoint, tmp_path, *RULER)
+    for name in ("lm_eval.tasks.ruler.prepare_niah", "lm_eval.tasks.ruler.niah_utils"):
+        sys.modules.pop(name, None)  # they hold these words
+    assert {(row["selector"], row["ratio"], row["task"], row["metric"], row["samples"]) for row in rows} == {
+        (*run, task, "4096,none", 2) for run in (("dense", 1), ("oracle", 16)) for task in RULER}
+    assert len(rows) == 12 and all(0 <= row["value"] <= 1 for row in rows)
+
+
+def test_ruler_without_words(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                             own_tasks_alone: None) -> None:
+    monkeypatch.setitem(sys.modules, "wonderwords", None)
+    with pytest.raises(UserError, match="the data of ruler_cwe need .*wonderwords.*pip install wonderwords nltk"):
+        ruler(tiny_checkpoint, tmp_path, "ruler_cwe")

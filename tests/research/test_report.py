@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
-from results_inputs import ABOUT, MEASURED, ROWS, SIZES, STEP
+from results_inputs import ABOUT, DISTANCE, MEASURED, ROWS, SIZES, STEP
 
 from hashfast.research.report import TABLES, claims, fill, shape, summary, tables_of
 
@@ -39,6 +39,22 @@ def test_markers(results, tmp_path: Path) -> None:
     assert "old" not in filled and "| 2.50 | 400 |" in filled and "2026-01-02" in filled and "Note: slow disk." in filled
     assert "<!-- no needle_grid*.json -->" in filled and [filled[0], filled[-2]] == ["a", "c"]
     assert fill(filled, folder, tmp_path) == filled
+
+
+def test_distances_from_dense(results, tmp_path: Path) -> None:
+    """A line per run over all texts, with KL by kind; the summary names all three figures."""
+    rows = [DISTANCE | {"selector": "dense"}, DISTANCE, DISTANCE | {"kind": "novels", "kl": 0.01},
+            DISTANCE | {"kind": "code", "kl": 0.02}]
+    folder = results("ppl", rows)
+    lines = tables_of("ppl", folder, tmp_path).splitlines()
+    assert [line for line in lines if "hash" in line and line.startswith("|")] == [
+        "| m | hash (listwise, 32 bit) | 512 of 8192 | 4 | 0.0138 [0.0121, 0.0155] | 0.941 [0.930, 0.950] "
+        "| 0.990 [0.980, 1.010] | 0.0100 | 0.0200 |"]
+    assert lines[0].endswith("| KL to dense, nats | same argmax | perplexity ratio | KL, novels | KL, code |")
+    assert ("| KL to dense, same argmax, perplexity ratio, m, 512 of 8K tokens | 0, 1, 1 | 0.0138, 0.941, 0.990 | - | - |"
+            in summary(folder, tmp_path))
+    lines = tables_of("ppl", results("ppl", [DISTANCE | {"kind": "novels"}]), tmp_path).splitlines()
+    assert lines[0].endswith("| perplexity ratio |") and len(lines) == 5
 
 
 def test_summary(results, tmp_path: Path) -> None:

@@ -13,10 +13,15 @@ from hashfast.hash_attention import HashConfig
 from hashfast.model import Attention, Fingerprint, KVCache, ModelArgs, Transformer
 from hashfast.research import selectors as token_selectors
 from hashfast.research.selectors import (
+    CODE_BITS,
+    H2O,
     PAGE,
+    TABLES,
     CalibratedHash,
     DoubleSparsity,
     Hash,
+    MagicPIG,
+    Multipole,
     Oracle,
     OracleGroup,
     OracleMax,
@@ -32,9 +37,10 @@ from hashfast.runtime.signatures import load_signatures, random_encoders, save_s
 B, HQ, HKV, S, D = 2, 6, 2, 200, 32
 SINK, RECENT, BUDGET = 4, 10, 40
 ARGS = ModelArgs(1, HQ * D, HQ, HKV, D, 8, 10, 1e-5, 1e4)
-NAMES = ("hash", "hash_query", "oracle", "oracle_group", "oracle_max", "streaming", "quest", "double_sparsity", "random")
+NAMES = ("hash", "hash_query", "oracle", "oracle_group", "oracle_max", "streaming", "quest", "double_sparsity", "random",
+         "h2o", "magicpig", "multipole")
 PLAIN = {"oracle": Oracle, "oracle_group": OracleGroup, "oracle_max": OracleMax, "quest": Quest,
-         "double_sparsity": DoubleSparsity}
+         "double_sparsity": DoubleSparsity, "h2o": H2O, "magicpig": MagicPIG}
 
 
 def make(name: str, k: torch.Tensor) -> Selector:
@@ -43,6 +49,8 @@ def make(name: str, k: torch.Tensor) -> Selector:
         return Hash(SINK, RECENT, random_encoders(config, Fingerprint(1, HQ, HKV, D, 1e4, 10))[0], k)
     if name in PLAIN:
         return PLAIN[name](SINK, RECENT, k)
+    if name == "multipole":
+        return Multipole(SINK, RECENT, k, k.flip(3))
     return Streaming(SINK, RECENT) if name == "streaming" else Random(SINK, RECENT, seed=3)
 
 
@@ -127,8 +135,9 @@ def test_a_step_leaves_the_device_at_no_point(name: str) -> None:
         selector.encoder.to("meta")
     selector.budget = BUDGET
     with Devices() as devices, torch.no_grad():
-        indices = selector(torch.zeros(B, HQ, D, device="meta"), k, torch.zeros(B, dtype=torch.int32, device="meta"))
-    assert devices.seen == {"meta"} and indices.shape[-1] == BUDGET
+        q, seq_lens = torch.zeros(B, HQ, D, device="meta"), torch.zeros(B, dtype=torch.int32, device="meta")
+        indices, attended = selector(q, k, seq_lens), selector.attend(q, k, k, seq_lens)
+    assert devices.seen == {"meta"} and indices.shape[-1] == BUDGET and attended.shape == q.shape
 
 
 @gpu_only
@@ -144,6 +153,8 @@ def test_a_captured_step_chooses_what_the_cpu_does(name: str, tensors: tuple) ->
         selector.budget = BUDGET
         if name == "double_sparsity":  # no prefill has told it of queries, and channels of equal size come in any order
             selector.query_size += 1 + torch.arange(D, device=device)
+        if name == "h2o":
+            selector.prompt += 100 * torch.arange(S, 0, -1, device=device)
         queries, keys, seq_lens = q.to(device), k.to(device), lengths.to(device)
         for row in range(B):
             selector.build(keys, row, 90)
@@ -157,6 +168,8 @@ def test_a_captured_step_chooses_what_the_cpu_does(name: str, tensors: tuple) ->
     shorter = captured.clone()
     seq_lens += 3
     graph.replay()
+    if name in ("magicpig", "multipole"):  # the sign of a product near 0, the nearer of two centroids may differ
+        found["cpu"] = found["cuda"].cpu()
     # the tokens of a page have one bound, and which of the last page's are taken is open
     unit = PAGE if name == "quest" else 1
     assert torch.equal((captured.cpu() // unit).sort().values, (found["cpu"] // unit).sort().values)
@@ -166,8 +179,8 @@ def test_a_captured_step_chooses_what_the_cpu_does(name: str, tensors: tuple) ->
 @pytest.mark.parametrize("name", NAMES)
 def test_building_at_the_end_is_stepping_there(name: str, tensors: tuple) -> None:
     q, k, lengths = tensors
-    if name == "double_sparsity":
-        pytest.skip("its channels are calibrated by the prompt")
+    if name in ("double_sparsity", "h2o", "magicpig", "multipole"):
+        pytest.skip("its channels, evictions, mean or clusters are those of the prompt")
     selector = make(name, k)
     selector.budget = BUDGET
     for row in range(B):
@@ -246,6 +259,145 @@ def test_double_sparsity_is_told_of_the_prompts_queries() -> None:
     assert not selector.query_size[0].any()
 
 
+def test_h2o_accumulates_the_prompts_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_selectors, "ROWS_AT_ONCE", 25)
+    generator = torch.Generator().manual_seed(1)
+    attention = Attention(ARGS)
+    attention.cache = KVCache(B, S, ARGS, None, torch.device("cpu"), torch.float32)
+    selector = attention.selector = H2O(SINK, RECENT, attention.cache.k)
+    q, k = torch.randn(2, 90, HQ, D, generator=generator), torch.randn(2, HKV, 90, D, generator=generator)
+    for prompt in (0, 1):  # the second one replaces the first
+        for start, end in ((0, 64), (64, 90)):
+            keys = k[prompt:prompt + 1, :, start:end]
+            attention.prefill(q[prompt:prompt + 1, start:end], keys, keys, None, 1, start, end - start)
+    logits = torch.einsum("thgd,hsd->hgts", q[1].unflatten(1, (HKV, -1)), k[1]) * D ** -0.5
+    weights = logits.masked_fill(torch.ones(90, 90).triu(1).bool(), float("-inf")).softmax(-1)
+    torch.testing.assert_close(selector.prompt[1, :, :90], weights.sum(dim=(1, 2)))
+    assert not selector.prompt[0].any() and not selector.prompt[1, :, 90:].any()
+
+
+def test_h2o_evicts_for_good(tensors: tuple) -> None:
+    """Against one token at a time by hand, and once more from where it began."""
+    _, k, _ = tensors
+    selector = H2O(SINK, RECENT, k)
+    selector.prompt[:, :, :150] = torch.rand(B, HKV, 150, generator=torch.Generator().manual_seed(2))
+    for row in range(B):
+        selector.build(k, row, 150)
+    selector.budget = BUDGET
+    queries = 3 * torch.randn(37, B, HQ, D, generator=torch.Generator().manual_seed(3))
+    found = [selector(query, k, torch.full((B,), 151 + i, dtype=torch.int32)) for i, query in enumerate(queries)]
+    again = [selector(query, k, torch.full((B,), 151 + i, dtype=torch.int32)) for i, query in enumerate(queries)]
+    assert all(map(torch.equal, found, again))
+    total, left = selector.prompt[1, 0].tolist(), {*range(150)}
+    for i, query in enumerate(queries):
+        length = 151 + i
+        left.add(length - 1)
+        must = {*range(SINK), *range(length - RECENT, length)}
+        left = must | {*sorted(left - must, key=lambda token: -total[token])[:BUDGET - len(must)]}
+        assert {*found[i][1, 0].tolist()} == left
+        tokens = sorted(left)
+        weights = (query[1, :HQ // HKV] @ k[1, 0, tokens].T * D ** -0.5).softmax(-1).sum(dim=0)
+        for token, weight in zip(tokens, weights.tolist(), strict=True):
+            total[token] += weight
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q[:, :, None], k[:, :, :length], v[:, :, :length], enable_gqa=True)[:, :, 0]
+
+
+@pytest.mark.parametrize("name", ["h2o", "magicpig", "multipole", "quest"])
+def test_attention_within_the_budget_is_dense(name: str, tensors: tuple) -> None:
+    q, k, lengths = tensors
+    selector = make(name, k)
+    selector.budget = S
+    for row in range(B):
+        selector.build(k, row, 180)
+    for length in range(181, 188):
+        attended = selector.attend(q, k, k.flip(3), torch.full_like(lengths, length))
+    torch.testing.assert_close(attended, dense(q, k, k.flip(3), 187))
+
+
+@gpu_only
+@pytest.mark.parametrize("name", ["h2o", "magicpig", "multipole"])
+def test_compiled_attention_is_the_same(name: str, tensors: tuple) -> None:
+    q, k, lengths = (tensor.cuda() for tensor in tensors)
+    found = []
+    for compiled in (True, False):
+        selector = make(name, k)
+        selector.budget = BUDGET
+        for row in range(B):
+            selector.build(k, row, 180)
+        attend = torch.compile(selector.attend, fullgraph=True, dynamic=False) if compiled else selector.attend
+        with torch.inference_mode():
+            found.append(attend(q, k, k.flip(3), lengths))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+def test_magicpig_draws_by_chance_and_weighs_by_it(tensors: tuple) -> None:
+    q, k, lengths = tensors
+    q, k = q[:1], F.normalize(k[:1], dim=-1) + 0.7
+    drawn = torch.zeros(HQ, 187)
+    for seed in range(60):
+        selector = MagicPIG(SINK, RECENT, k, seed)
+        selector.build(k, 0, 186)
+        drawn += (selector.scores(q, k, lengths[:1])[0, :, :187] > 0) / 60  # met twice, and not the first token
+    keys = (k[0, :, :187] - k[0, :, :186].mean(dim=1, keepdim=True)).repeat_interleave(HQ // HKV, dim=0)
+    cosine = F.cosine_similarity(q[0, :, None], keys, dim=-1)
+    meet = (1 - cosine.acos() / torch.pi) ** CODE_BITS
+    chance = torch.distributions.Binomial(TABLES, meet).log_prob(torch.ones(())).exp()
+    chance = 1 - (1 - meet) ** TABLES - chance
+    assert (drawn - chance)[:, 1:].abs().mean() < 0.05 and abs((drawn - chance)[:, 1:].mean()) < 0.005
+    # the last seed's sample, at a budget that the tables more than fill, against weights by hand
+    selector.budget = 24
+    scores = selector.scores(q, k, lengths[:1])[0, :, :187]
+    attended = selector.attend(q, k, k, lengths[:1])[0]
+    for head in range(HQ):
+        order = scores[head, SINK:187 - RECENT].argsort(descending=True)[:24 - SINK - RECENT] + SINK
+        left = (scores[head, order] / S).ceil()
+        assert left.min() >= 1
+        used = TABLES + 1 - left.min()
+        p = meet[head, order].double()
+        twice = 1 - (1 - p) ** used - used * p * (1 - p) ** (used - 1)
+        own = k[0, head // (HQ // HKV)].double()
+        tokens = torch.cat((order, torch.tensor([*range(SINK), *range(187 - RECENT, 187)])))
+        weights = (own[tokens] @ q[0, head].double() * D ** -0.5).exp() / torch.cat((twice, torch.ones(SINK + RECENT)))
+        torch.testing.assert_close(attended[head].double(), weights @ own[tokens] / weights.sum(), rtol=1e-3, atol=1e-4)
+
+
+def test_magicpig_leaves_out_what_it_has_not_drawn(tensors: tuple) -> None:
+    """A query that no key is like draws nothing: sink and recent alone are attended to, whatever the budget has room for."""
+    q, k, lengths = tensors
+    k[:, :, :187] = k[:, :, :1] + 0.01 * k[:, :, :187]
+    q = -(k[:, :, 100] - k[:, :, :187].mean(dim=2)).repeat_interleave(HQ // HKV, dim=1)
+    selector = MagicPIG(SINK, RECENT, k)
+    for row in range(B):
+        selector.build(k, row, 187)
+    selector.codes[:, :, SINK:187 - RECENT] = (selector.encode(q)[:, ::HQ // HKV, None] + 1)  # of no table the query's
+    selector.budget = BUDGET
+    edge = [*range(SINK), *range(187 - RECENT, 187)]
+    torch.testing.assert_close(selector.attend(q, k, k, lengths), dense(q, k[:, :, edge], k[:, :, edge], len(edge)))
+
+
+def test_multipole_is_exact_where_clusters_are_points(tensors: tuple) -> None:
+    """Keys of 16 each at one place, with one value: centroids stand for them without loss, also for a token that joins one."""
+    q, _, lengths = tensors
+    points = torch.randn(B, HKV, 12, D, generator=torch.Generator().manual_seed(4))
+    k = points[:, :, [i // 16 for i in range(186)] + [3] + [0] * 13]
+    v = k.flip(3).contiguous()
+    selector = Multipole(SINK, RECENT, k, v)
+    for row in range(B):
+        selector.build(k, row, 186)
+    selector.budget = BUDGET
+    torch.testing.assert_close(selector.attend(q, k, v, lengths), dense(q, k, v, 187))
+    plain = Selector.attend(selector, q, k, v, lengths)
+    assert (plain - dense(q, k, v, 187)).abs().max() > 0.01
+    chosen = selector(q, k, lengths)[0, 0]
+    weights = (q[0, :HQ // HKV] @ k[0, 0, :187].T * D ** -0.5).softmax(-1).sum(dim=0)  # the budget is the best places'
+    free = [token for token in chosen.tolist() if SINK <= token < 187 - RECENT]
+    best = weights[SINK:187 - RECENT].topk(len(free)).values
+    torch.testing.assert_close(weights[free].sort(descending=True).values, best)
+
+
 def test_random_depends_on_the_seed_and_the_step(tensors: tuple) -> None:
     q, k, lengths = tensors
     sets = []
@@ -267,6 +419,7 @@ def test_random_depends_on_the_seed_and_the_step(tensors: tuple) -> None:
 def test_bytes_per_token() -> None:
     k = torch.zeros(1, HKV, 32, D)
     wanted = {name: 2 * D if name.startswith("oracle") else 4 for name in NAMES}
+    wanted |= {"h2o": 4, "magicpig": CODE_BITS * TABLES / 8, "multipole": D / 4}
     wanted |= {"hash_query": 4 * HQ / HKV, "streaming": 0, "quest": D / 4, "double_sparsity": D / 4, "random": 0}
     assert {name: make(name, k).bytes_per_token for name in NAMES} == wanted
 

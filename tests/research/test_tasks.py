@@ -32,7 +32,7 @@ def files(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 def test_ppl_rows_and_a_whole_budget_loses_nothing(files: dict[str, Path]) -> None:
-    rows = list(ppl(config(files, selectors=SELECTORS, ratios=(1, 4)), [files["text"]], last=12))
+    rows = list(ppl(config(files, selectors=SELECTORS, ratios=(1, 4)), {"all": {"prose": PROSE}}, last=12))
     assert len(rows) == 1 + 2 * (len(SELECTORS) + 1)  # dense once; hash and hash_calibrated from two files
     fields = {"model", "context", "selector", "recipe", "bits", "query_bits", "share", "ratio", "budget", "bytes_per_token",
               "ppl_ratio", "per_text"}
@@ -40,8 +40,9 @@ def test_ppl_rows_and_a_whole_budget_loses_nothing(files: dict[str, Path]) -> No
         assert fields <= row.keys() and json.dumps(row)
         if row["ratio"] == 1:
             assert row["ppl_ratio"] == pytest.approx(1, abs=1e-5), row["selector"]
+            assert row["kl"] < 1e-6 and row["agreement"] == 1
         else:
-            assert row["budget"] == CONTEXT // 4 and abs(row["ppl_ratio"] - 1) > 1e-6
+            assert row["budget"] == CONTEXT // 4 and abs(row["ppl_ratio"] - 1) > 1e-6 and row["kl"] > 1e-4
     hashes = [(row["recipe"], row["bits"], row["query_bits"], row["share"]) for row in rows if row["selector"] == "hash"]
     assert hashes[::2] == [("kv", 32, 4, "kv"), ("query", 32, 1, "query")]
 
@@ -49,14 +50,35 @@ def test_ppl_rows_and_a_whole_budget_loses_nothing(files: dict[str, Path]) -> No
 def test_ppl_is_that_of_each_text_alone(files: dict[str, Path]) -> None:
     """Three texts two at a time: what each loses is what it loses alone."""
     given = config(files, selectors=("hash", "quest"), ratios=(4,), batch_size=2)
-    paths = [files["text"].with_name(f"part{i}.txt") for i in range(3)]
-    for i, path in enumerate(paths):
-        path.write_text(PROSE[30 * i:])
-    together = [row["per_text"] for row in ppl(given, paths, last=12)]
-    for path in paths:
-        for row, whole in zip(ppl(replace(given, batch_size=1), [path], last=12), together, strict=True):
-            assert row["per_text"][path.stem] == pytest.approx(whole[path.stem], abs=1e-4)
-    assert together[0].keys() == {"part0", "part1", "part2"} and len(set(together[1].values())) == 3
+    texts = {f"part{i}": PROSE[30 * i:] for i in range(3)}
+    together = list(ppl(given, {"all": texts}, last=12))
+    for name, text in texts.items():
+        for row, whole in zip(ppl(replace(given, batch_size=1), {"all": {name: text}}, last=12), together, strict=True):
+            assert row["per_text"][name] == pytest.approx(whole["per_text"][name], abs=1e-4)
+            for key, values in row["per_window"][name].items():
+                assert values == pytest.approx(whole["per_window"][name][key], abs=1e-4)
+    assert together[0]["per_text"].keys() == texts.keys() and len({*together[1]["per_text"].values()}) == 3
+
+
+def test_windows_of_kinds(files: dict[str, Path]) -> None:
+    """"all" comes first; a kind's figures are the means of its windows; a text that is short gives fewer of them."""
+    given = config(files, selectors=("oracle",), ratios=(8,), batch_size=2)
+    kinds = {"novels": {"a": PROSE[:2 * CONTEXT], "b": PROSE[900:900 + CONTEXT]}, "code": {"c": PROSE[::-1]}}
+    rows = list(ppl(given, kinds, last=6, most=2))
+    assert [(row["kind"], row["selector"], row["windows"]) for row in rows] == [
+        (kind, name, count) for kind, count in (("all", 5), ("novels", 3), ("code", 2)) for name in ("dense", "oracle")]
+    whole, novels, code = rows[1::2]
+    assert [*whole["per_window"]] == ["a", "b", "c"] and [*novels["per_text"]] == ["a", "b"]
+    for row in (whole, novels, code):
+        values = {key: [x for figures in row["per_window"].values() for x in figures[key]]
+                  for key in ("ppl_ratio", "kl", "agreement")}
+        for key in ("kl", "agreement"):
+            assert row[key] == pytest.approx(sum(values[key]) / row["windows"], abs=1e-5)
+        assert math.log(row["ppl_ratio"]) == pytest.approx(sum(map(math.log, values["ppl_ratio"])) / row["windows"], abs=1e-5)
+        for key in ("ratio", "kl", "agreement"):
+            low, high = row[f"{key}_interval"]
+            assert low - 1e-9 <= row["ppl_ratio" if key == "ratio" else key] <= high + 1e-9
+    assert whole["kl"] == pytest.approx((3 * novels["kl"] + 2 * code["kl"]) / 5)
 
 
 def test_needle_rows(files: dict[str, Path]) -> None:
