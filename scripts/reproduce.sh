@@ -142,11 +142,11 @@ quality() {
         run -m hashfast eval needles "${shared[@]}" --signatures "${compared[@]}" --context $((1024 * context)) --batch_size 16 \
             --ratios 16 32 --selector hash "${others[@]}" --json "$RESULTS/quality_needles_${context}k.json"
     done
-    if "$PYTHON" -c "import lm_eval, wonderwords, nltk" 2>/dev/null; then
+    if "$PYTHON" -c "import lm_eval, wonderwords, nltk" >/dev/null 2>&1; then
         for context in 16 32; do
             run -m hashfast eval lm --checkpoint_path "$MODEL" --signatures "$SIGNATURES" --context $((1024 * context)) --ratios 16 32 \
                 --tasks niah_single_1 niah_multikey_2 niah_multikey_3 ruler_vt ruler_cwe ruler_fwe --limit 50 --chat \
-                --metadata "{\"max_seq_lengths\": [$((1024 * context))]}" --json "$RESULTS/quality_ruler_${context}k.json"
+                --metadata "{\"max_seq_lengths\":[$((1024 * context))]}" --json "$RESULTS/quality_ruler_${context}k.json"
         done
     else
         echo "RULER is left out: it needs pip install lm-eval wonderwords nltk" >&2
