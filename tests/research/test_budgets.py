@@ -113,12 +113,12 @@ def test_the_command_line_spreads_the_budget(tiny_checkpoint: Path, tmp_path: Pa
     model = load_model(tiny_checkpoint).fingerprint()
     file = tmp_path / "signatures.safetensors"
     save_signatures(file, random_encoders(HashConfig(), model), model, {"budgets": {"8": [[0.0, 2.0], [0.5, 1.5]]}})
-    flags = ("--checkpoint_path", tiny_checkpoint, "--prompt", 300, "--max_new_tokens", 8, "--temperature", 0, "--json",
-             "--attention", "hash", "--budget", 204, "--sink", 4, "--recent", 8)
+    flags = ("--checkpoint_path", tiny_checkpoint, "--prompt_ids", ",".join(["7"] * 300), "--max_new_tokens", 8,
+             "--temperature", 0, "--json", "--attention", "hash", "--budget", 204, "--sink", 4, "--recent", 8)
     result = command(*flags, "--signatures", file, "--budgets", "calibrated").json
     assert result["budgets"] == [[76, 308], [140, 268]] and result["budget"] == 308
     assert result["tokens_read"] == (76 + 303 + 140 + 268) / 4  # a cache of 303 halfway
     even = command(*flags, "--signatures", file).json
     assert even["budgets"] is None and even["budget"] == 204
     ran = command(*flags, "--budgets", "calibrated")
-    assert ran.code == 2 and "--budgets calibrated needs --attention hash and --signatures FILE" in ran.err
+    assert ran.code == 2 and "these signatures hold no calibrated budgets" in ran.err

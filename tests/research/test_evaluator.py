@@ -1,4 +1,5 @@
 """The evaluator: decoding after one dense prefill scores what the model itself would, in batches, with every selector."""
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,7 @@ def test_windows_are_disjoint_and_begin_with_bos(files: dict[str, Path], monkeyp
     windows = evaluator.windows({"a": text}, 4)["a"]
     assert len(windows) == 2 and torch.cat(windows).tolist() == evaluator.tokenizer.encode(text)[:2 * CONTEXT]
     assert len(evaluator.windows({"a": text}, 1)["a"]) == 1
-    monkeypatch.setattr(evaluator.tokenizer, "_bos", [256])
+    monkeypatch.setattr(evaluator.tokenizer, "_backend", replace(evaluator.tokenizer._backend, start=[256]))
     windows = evaluator.windows({"a": text}, 4)["a"]
     assert [(len(ids), int(ids[0])) for ids in windows] == [(CONTEXT, 256)] * 3
     assert torch.cat([ids[1:] for ids in windows]).tolist() == evaluator.tokenizer.encode(text, bos=False)[:3 * CONTEXT - 3]

@@ -269,7 +269,7 @@ def test_h2o_accumulates_the_prompts_attention(monkeypatch: pytest.MonkeyPatch) 
     for prompt in (0, 1):  # the second one replaces the first
         for start, end in ((0, 64), (64, 90)):
             keys = k[prompt:prompt + 1, :, start:end]
-            attention.prefill(q[prompt:prompt + 1, start:end], keys, keys, None, 1, start, end - start)
+            attention.prefill(q[prompt:prompt + 1, start:end], keys, keys, None, None, 1, start, end - start)
     logits = torch.einsum("thgd,hsd->hgts", q[1].unflatten(1, (HKV, -1)), k[1]) * D ** -0.5
     weights = logits.masked_fill(torch.ones(90, 90).triu(1).bool(), float("-inf")).softmax(-1)
     torch.testing.assert_close(selector.prompt[1, :, :90], weights.sum(dim=(1, 2)))

@@ -478,7 +478,7 @@ def draft_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., Pat
 def test_self_speculation_of_a_text_and_of_a_batch(cli, tmp_path):
     dense = cli()
     ran = cli("--speculate", "self", *HASH)
-    assert "no --signatures file, so random projections" in ran.err and " of 4 accepted in " in ran.err
+    assert "no signatures for this model, so random projections" in ran.err and " of 4 accepted in " in ran.err
     result = ran.json
     assert result["new_tokens"] == dense.tokens and result["text"] == dense.json["text"]
     assert ran.out.splitlines()[0] == dense.out.splitlines()[0]
