@@ -78,4 +78,4 @@ def test_shipped_signatures_say_how_they_came_to_be(path: Path):
     assert {"recipe", "steps", "context", "seed", "data", "held_out", "environment"} <= about.keys()
     evaluated = {name for result in (ROOT / "results").glob("quality_ppl*.json")
                  for name in json.loads(result.read_text())["rows"][0]["per_text"]}
-    assert len(evaluated) >= 6 and not {Path(name).stem for name in about["data"]} & evaluated
+    assert len(evaluated) == 6 and not {Path(name).stem for name in about["data"]} & evaluated
