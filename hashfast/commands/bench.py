@@ -138,8 +138,10 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
     if options.command == "transformers":
         from hashfast.integrations.transformers_latency import transformers_rows
         return transformers_rows(options.model, shapes, options.implementation, options.sparsity, options.steps)
-    return decode_rows(options.model, shapes, options.attention, options.sparsity, options.steps, options.quantize,
-                       options.checkpoint_path, options.warm_start, options.nccl)
+    from hashfast.runtime.hub import checkpoint_folder
+    checkpoint = checkpoint_folder(options.checkpoint_path) if options.checkpoint_path is not None else None
+    return decode_rows(options.model, shapes, options.attention, options.sparsity, options.steps, options.quantize, checkpoint,
+                       options.warm_start, options.nccl)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ Every selector has the same budget, and one dense prefill of a text serves them 
 import argparse
 import importlib.util
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -134,8 +135,6 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
             raise UserError(f"{path} has {most} tokens at most, fewer than --context {options.context}; give longer texts")
     if options.command == "lm" and importlib.util.find_spec("lm_eval") is None:
         raise UserError("the lm command needs lm-evaluation-harness; pip install lm-eval")
-    if not options.signatures and {"hash", "hash_calibrated"} & {*options.selectors}:
-        raise UserError("--selector hash and hash_calibrated need --signatures FILE; train one with train_hash.py, or use lsh")
     for path in options.signatures:
         if not path.is_file():
             raise UserError(f"no signatures file at {path}; train one with train_hash.py")
@@ -143,6 +142,14 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
         from hashfast.runtime.hub import checkpoint_folder
         options.device = find_device(options.device)
     options.checkpoint_path = checkpoint_folder(options.checkpoint_path)
+    if not options.signatures and {"hash", "hash_calibrated"} & {*options.selectors}:
+        from hashfast.runtime.signatures import model_outline, shipped_signatures
+        shipped = shipped_signatures(model_outline(options.checkpoint_path).fingerprint())
+        if shipped is None:
+            raise UserError("--selector hash and hash_calibrated need --signatures FILE, as none ships for this model; train "
+                            "one with train_hash.py, or use lsh")
+        print(f"signatures: {shipped}", file=sys.stderr)
+        options.signatures = [shipped]
     options.compile = options.compile and can_compile(options.device)
     if options.precision is None:
         options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
