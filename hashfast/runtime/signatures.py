@@ -1,6 +1,7 @@
 """Signature files: the encoders of all layers, the model they belong to, and how they came to be."""
 import contextlib
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -87,9 +88,15 @@ def signature_files(folder: Path = WEIGHTS) -> dict[Path, dict]:
 
 
 def shipped_signatures(model: Fingerprint) -> Path | None:
-    """The file that ships for a model: trained by the listwise recipe, one signature per KV head. None where there is none."""
-    return next((path for path, about in signature_files().items() if about.get("recipe") == "listwise"
-                 and about["config"]["share"] == "kv" and not differences(about["model"], model)), None)
+    """The file that ships for a model: by the listwise recipe, one signature per KV head; of several the longest trained, as
+    a clone's weights/ holds what its user trains. None where there is none."""
+    fitting = {path: about for path, about in signature_files().items() if about.get("recipe") == "listwise"
+               and about["config"]["share"] == "kv" and not differences(about["model"], model)}
+
+    def tokens(path: Path) -> int:
+        return math.prod(fitting[path].get(name, 0) for name in ("steps", "sequences", "context"))
+
+    return max(fitting, key=tokens, default=None)
 
 
 def _check_budgets(about: dict, config: HashConfig, model: Fingerprint) -> None:
