@@ -19,6 +19,7 @@ from hashfast.research.evaluator import DecodeEvaluator, EvalConfig, Run
 from hashfast.research.needles import Needle, make_needle
 from hashfast.research.plots import heat_maps
 from hashfast.research.report import ranged
+from hashfast.runtime.prompt_cache import common_beginning
 from hashfast.runtime.tokenizer import Tokenizer
 
 SLACK = 32  # tokens of a context left free: documents are measured without what the chat template adds between their parts
@@ -88,10 +89,6 @@ class Question:
     answer: int
 
 
-def common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 def chat_frame(tokenizer: Tokenizer) -> int | None:
     """Tokens that the chat template puts around a message; None without a template."""
     try:
@@ -111,7 +108,7 @@ def tokenize_needle(tokenizer: Tokenizer, needle: Needle) -> Question:
     else:
         context, asked, whole = (tokenizer.encode(text) for text in (
             needle.context, needle.context + needle.question, needle.text))
-    return Question(needle, torch.tensor(whole), common_prefix(context, asked), len(whole) - common_prefix(asked, whole))
+    return Question(needle, torch.tensor(whole), common_beginning(context, asked), len(whole) - common_beginning(asked, whole))
 
 
 class Source(Protocol):

@@ -24,6 +24,7 @@ from hashfast.common import UserError, read_file
 from hashfast.model import ModelArgs, RopeScaling, Transformer
 from hashfast.ops.quant_linear import swap_linears
 from hashfast.runtime import distributed, tensor_parallel
+from hashfast.runtime.memory import available_memory
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 FLOAT_TYPES = ("BF16", "F16", "F32", "F64")  # safetensors' names; anything else is a quantised checkpoint
@@ -539,14 +540,8 @@ def _is_tied(model: Transformer) -> bool:
 
 def _check_memory(needed: int, device: torch.device) -> None:
     """UserError if `device` has fewer than `needed` bytes free; silent where that cannot be known."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu" and Path("/proc/meminfo").exists():
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    else:
-        return
-    if needed > free:
+    free = available_memory(device)
+    if free is not None and needed > free:
         raise UserError(f"the weights need {needed / 1e9:.1f} GB but {free / 1e9:.1f} GB are free on {device}; "
                         "use a smaller model or dtype, or stop what else runs there")
 

@@ -69,15 +69,24 @@ def prefill_bytes(model: Transformer, chunk: int, gathered: int = 0) -> int:
     return elements * model.tok_embeddings.weight.element_size()
 
 
+def available_memory(device: torch.device) -> int | None:
+    """Bytes free on the device, for a CPU those of the machine; None where that cannot be known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes free for caches on the device: a tenth, 1 GiB at most, is left to what a prefill chunk and a step work with."""
-    free = sys.maxsize
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                free = int(line.split()[1]) * 1024 // distributed.world_size()  # the ranks share it
+    free = available_memory(device)
+    if free is None:
+        return sys.maxsize
+    if device.type == "cpu":
+        free //= distributed.world_size()  # the ranks share it
     return free - min(free // 10, 2 ** 30)
 
 
